@@ -1,0 +1,439 @@
+"""The transformer: a pre-norm decoder in the Llama family, dense or with experts, as a pure function.
+
+Tokens, positions and segments go in; hidden states, the cache and what routing has to say come out. Layers are scanned, so
+compile time does not grow with depth, and every parameter names its axes for `sharding.RULES`. Flax stays inside this
+file: the functions at its end are what the rest of the house calls.
+
+Axes: B batch, T query time, S key time, N heads, K key-value heads, H head size, D model, F hidden, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minillm_jax.attention import attention
+from minillm_jax.cache import KVCache, write_layer, write_slots
+from minillm_jax.config import ComputeConfig, ModelConfig, RopeScaling
+from minillm_jax.moe import auxiliary_loss, moe_mlp, route
+from minillm_jax.sharding import constrain
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ModelOutput:
+    """What one forward pass returns.
+
+    Attributes:
+        hidden: `[B, T, D]` final hidden states, normalised; `unembed` turns them into logits.
+        cache: the cache with this call's tokens written, or None.
+        router_loss: `[B, T]` float32 auxiliary loss per token, summed over layers, coefficients included; None if dense.
+        expert_load: `[L, E]` share of assignments per expert; None if dense.
+    """
+
+    hidden: jax.Array
+    cache: KVCache | None
+    router_loss: jax.Array | None
+    expert_load: jax.Array | None
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Rotary frequencies `[H/2]` in radians per token, and the factor on cos and sin.
+
+    Plain RoPE (arXiv:2104.09864), or rescaled as `config.rope_scaling` says.
+    """
+    size = config.head_size
+    frequencies = config.rope_theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies.astype(np.float32), 1.0
+    if scaling.rope_type == "linear":
+        return (frequencies / scaling.factor).astype(np.float32), 1.0
+    if scaling.rope_type == "llama3":
+        return _llama3_frequencies(frequencies, scaling).astype(np.float32), 1.0
+    attention_factor = scaling.attention_factor
+    if attention_factor is None:
+        attention_factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return _yarn_frequencies(frequencies, scaling, size, config.rope_theta).astype(np.float32), attention_factor
+
+
+def _yarn_frequencies(frequencies: np.ndarray, scaling: RopeScaling, size: int, theta: float) -> np.ndarray:
+    def dimension(rotations: float) -> float:
+        """Index of the dimension that turns this often within the original context."""
+        wavelength = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return size * math.log(wavelength) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension(scaling.beta_slow)), size - 1)
+    ramp = np.clip((np.arange(size // 2) - low) / max(high - low, 1e-3), 0, 1)
+    return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
+
+
+def _llama3_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = np.clip(blend, 0, 1)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines `[B, T, 1, H/2]` float32 for `[B, T]` positions."""
+    frequencies, factor = rope_frequencies(config)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate `[B, T, N, H]` heads; element i is paired with i + H/2, as in Llama checkpoints."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation in float32 (arXiv:1910.07467)."""
+
+    eps: float
+    axis: str = "norm"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis."""
+        init = nn.with_partitioning(nn.initializers.ones_init(), (self.axis,))
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """A matrix `[in, out]` with named axes, and a bias if asked."""
+
+    features: int
+    axes: tuple[str, str]
+    stddev: float
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Multiply the last axis."""
+        init = nn.with_partitioning(nn.initializers.normal(self.stddev), self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            zeros = nn.with_partitioning(nn.initializers.zeros_init(), (self.axes[1],))
+            y = y + self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
+        return y
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kv: tuple[jax.Array, jax.Array] | None, shared: Shared, layer: jax.Array) -> Any:
+        """Return `[B, T, D]` and the updated cache buffers."""
+        c = self.config
+        batch, length, _ = x.shape
+        std, size = c.initializer_range, c.head_size
+        q = Linear(c.num_attention_heads * size, ("embed", "heads"), std, c.attention_bias, name="q_proj")(x)
+        k = Linear(c.num_key_value_heads * size, ("embed", "kv_heads"), std, c.attention_bias, name="k_proj")(x)
+        v = Linear(c.num_key_value_heads * size, ("embed", "kv_heads"), std, c.attention_bias, name="v_proj")(x)
+        q = q.reshape(batch, length, c.num_attention_heads, size)
+        k = k.reshape(batch, length, c.num_key_value_heads, size)
+        v = v.reshape(batch, length, c.num_key_value_heads, size)
+        if c.use_qk_norm:
+            q = RMSNorm(c.rms_norm_eps, name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
+        q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+        if kv is not None:
+            k_buffer, k = write_layer(kv[0], k, layer, shared.start)
+            v_buffer, v = write_layer(kv[1], v, layer, shared.start)
+            kv = (k_buffer, v_buffer)
+        y = attention(
+            q,
+            k,
+            v,
+            q_positions=shared.positions,
+            kv_positions=shared.kv_positions,
+            q_segment_ids=shared.segment_ids,
+            kv_segment_ids=shared.kv_segment_ids,
+            causal_layout=kv is None,
+            impl=self.compute.attention_impl,
+        )
+        out_std = std / math.sqrt(2 * c.num_hidden_layers)
+        y = Linear(c.hidden_size, ("heads", "embed"), out_std, name="o_proj")(y.reshape(batch, length, -1))
+        return y, kv
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    width: int
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[..., D]` to `[..., D]`."""
+        c = self.config
+        gate = Linear(self.width, ("embed", "mlp"), c.initializer_range, name="gate_proj")(x)
+        up = Linear(self.width, ("embed", "mlp"), c.initializer_range, name="up_proj")(x)
+        out_std = c.initializer_range / math.sqrt(2 * c.num_hidden_layers)
+        return Linear(c.hidden_size, ("mlp", "embed"), out_std, name="down_proj")(jax.nn.silu(gate) * up)
+
+
+class Experts(nn.Module):
+    """The stacked weights of the routed experts."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return gate and up `[E, D, F]` and down `[E, F, D]`."""
+        c = self.config
+        out_std = c.initializer_range / math.sqrt(2 * c.num_hidden_layers)
+
+        def weight(name: str, axes: tuple[str, ...], shape: tuple[int, ...], stddev: float) -> jax.Array:
+            init = nn.with_partitioning(nn.initializers.normal(stddev), axes)
+            return self.param(name, init, shape, jnp.float32).astype(dtype)
+
+        into, back = (c.num_experts, c.hidden_size, c.expert_size), (c.num_experts, c.expert_size, c.hidden_size)
+        return (
+            weight("gate_proj", ("experts", "embed", "mlp"), into, c.initializer_range),
+            weight("up_proj", ("experts", "embed", "mlp"), into, c.initializer_range),
+            weight("down_proj", ("experts", "mlp", "embed"), back, out_std),
+        )
+
+
+class MoE(nn.Module):
+    """Routed experts, and shared ones beside them."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return `[B, T, D]`, the auxiliary loss `[B, T]` and the load `[E]`."""
+        c = self.config
+        flat = x.reshape(-1, x.shape[-1])
+        logits = Linear(c.num_experts, ("embed", "norm"), c.initializer_range, name="router")(flat.astype(jnp.float32))
+        routing = route(logits, c)
+        y = moe_mlp(flat, *Experts(c, name="experts")(x.dtype), routing).reshape(x.shape)
+        if c.n_shared_experts:
+            y = y + MLP(c.n_shared_experts * c.expert_size, c, name="shared")(x)
+        loss, load = auxiliary_loss(routing, segment_ids, c)
+        return y, loss, load
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Shared:
+    """What all layers read alike: rotary tables and masks of this call."""
+
+    cos: jax.Array  # [B, T, 1, H/2]
+    sin: jax.Array
+    positions: jax.Array  # [B, T]
+    segment_ids: jax.Array  # [B, T]
+    kv_positions: jax.Array  # [B, S]
+    kv_segment_ids: jax.Array  # [B, S]
+    start: jax.Array  # scalar, first cache slot that is written
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each added to the residual stream."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, carry: Any, layer: jax.Array, shared: Shared) -> Any:
+        """Scan body: carry is the residual stream and the cache buffers."""
+        c = self.config
+        x, kv = carry
+        dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        with jax.named_scope("attention"):
+            y = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
+            y, kv = SelfAttention(c, self.compute, name="self_attn")(y, kv, shared, layer)
+            x = constrain(x + dropout(y), "batch", None, None)
+        routed = None
+        with jax.named_scope("mlp"):
+            y = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
+            if c.use_moe:
+                y, *routed = MoE(c, name="mlp")(y, shared.segment_ids)
+            else:
+                y = MLP(c.mlp_size, c, name="mlp")(y)
+            x = constrain(x + dropout(y), "batch", None, None)
+        return (x, kv), routed
+
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Transformer(nn.Module):
+    """Embedding, scanned layers, final norm."""
+
+    config: ModelConfig
+    compute: ComputeConfig = ComputeConfig()
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: KVCache | None
+    ) -> ModelOutput:
+        """See `forward_hidden`."""
+        c = self.config
+        dtype = compute_dtype(self.compute)
+        init = nn.with_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
+        table = _Table(init, (c.vocab_size, c.hidden_size), "embedding", name="embed_tokens")()
+        x = constrain(table.astype(dtype)[tokens], "batch", None, None)  # [B, T, D]
+        cos, sin = rope_tables(positions, c)
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.index
+        if cache is not None:
+            cache = write_slots(cache, positions, segment_ids)
+        shared = Shared(
+            cos, sin, positions, segment_ids,
+            positions if cache is None else cache.positions,
+            segment_ids if cache is None else cache.segment_ids,
+            start,
+        )  # fmt: skip
+        block = Block
+        if self.compute.remat != "none":
+            block = nn.remat(Block, policy=_REMAT_POLICIES[self.compute.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_hidden_layers,
+            unroll=self.compute.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.compute, self.deterministic, name="layers")
+        kv = None if cache is None else (cache.k, cache.v)
+        (x, kv), routed = layers((x, kv), jnp.arange(c.num_hidden_layers), shared)
+        if cache is not None:
+            cache = KVCache(kv[0], kv[1], cache.positions, cache.segment_ids, cache.index)
+        x = RMSNorm(c.rms_norm_eps, name="norm")(x)
+        if not c.tie_word_embeddings and self.is_initializing():
+            head = nn.with_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
+            _Table(head, (c.hidden_size, c.vocab_size), "kernel", name="lm_head")()
+        if routed is None:
+            return ModelOutput(x, cache, None, None)
+        return ModelOutput(x, cache, routed[0].sum(0), routed[1])
+
+
+class _Table(nn.Module):
+    """A bare parameter under a module name of its own."""
+
+    initializer: Any
+    shape: tuple[int, ...]
+    param_name: str
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param(self.param_name, self.initializer, self.shape, jnp.float32)
+
+
+def compute_dtype(compute: ComputeConfig) -> Any:
+    """Dtype of activations: float32 on CPU and bfloat16 elsewhere, unless chosen."""
+    if compute.dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(compute.dtype)
+
+
+def _init_boxed(config: ModelConfig, key: jax.Array) -> Any:
+    ids = jnp.zeros((1, 2), jnp.int32)
+    compute = ComputeConfig(dtype="float32", attention_impl="xla")
+    return Transformer(config, compute).init(key, ids, ids, ids + 1, None)["params"]
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Draw float32 parameters: normal with `initializer_range`, smaller where they write to the residual stream (GPT-2)."""
+    return nn.meta.unbox(_init_boxed(config, key))
+
+
+def param_axes(config: ModelConfig) -> Params:
+    """Tree like the parameters, with each leaf's tuple of logical axis names."""
+    boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
+    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def forward_hidden(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: KVCache | None = None,
+    dropout_key: jax.Array | None = None,
+    compute: ComputeConfig = ComputeConfig(),
+) -> ModelOutput:
+    """Run the transformer up to its final norm.
+
+    Args:
+        params: parameter tree of `init_params`.
+        config: the model's shape.
+        tokens: `[B, T]` ints.
+        positions: `[B, T]` position of each token within its segment; None counts from 0 (or from the cache's index).
+        segment_ids: `[B, T]`; tokens see their own segment only, 0 is padding; None makes each row one segment.
+        cache: past keys and values; the call's tokens are written behind them.
+        dropout_key: turns dropout on.
+        compute: dtype, attention implementation, rematerialisation.
+
+    Raises:
+        ValueError: more tokens than `max_position_embeddings`.
+    """
+    tokens = jnp.asarray(tokens)
+    batch, length = tokens.shape
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"{length} tokens do not fit max_position_embeddings {config.max_position_embeddings}; "
+            "shorten the input, or extend the context with rope_scaling"
+        )
+    if positions is None:
+        start = 0 if cache is None else cache.index
+        positions = jnp.broadcast_to(start + jnp.arange(length), (batch, length))
+    if segment_ids is None:
+        segment_ids = jnp.ones((batch, length), jnp.int32)
+    model = Transformer(config, compute, deterministic=dropout_key is None or config.dropout == 0.0)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return model.apply({"params": params}, tokens, positions, segment_ids, cache, rngs=rngs)
+
+
+def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Turn hidden states `[..., D]` into float32 logits `[..., V]`."""
+    if config.tie_word_embeddings:
+        table = params["embed_tokens"]["embedding"].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    head = params["lm_head"]["kernel"].astype(hidden.dtype)
+    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    compute: ComputeConfig = ComputeConfig(),
+) -> jax.Array:
+    """Logits `[B, T, V]` float32 of `[B, T]` tokens; arguments as in `forward_hidden`."""
+    output = forward_hidden(
+        params, config, tokens, positions=positions, segment_ids=segment_ids, compute=compute
+    )
+    return unembed(params, config, output.hidden)

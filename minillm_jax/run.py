@@ -1,0 +1,241 @@
+"""The run folder, and what every training stage does around its loss: open, resume or refuse, load, report errors.
+
+`open_run` turns a stage's configuration into a folder on disk with `config.json` and `tokenizer/` in it. A folder that already
+holds a run is resumed, and only when the flags describe the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from rich.console import Console
+
+from minillm_jax.chat import ChatError
+from minillm_jax.checkpoint import CheckpointError, load_params, load_tokenizer_files
+from minillm_jax.config import (
+    ComputeConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    to_json,
+)
+from minillm_jax.data import DataError, load_rows
+from minillm_jax.lm import LanguageModel
+from minillm_jax.losses import LossFn
+from minillm_jax.metrics import MetricsError, plot_curves
+from minillm_jax.model import Params, init_params, param_axes
+from minillm_jax.tokenizer import Tokenizer, TokenizerError
+from minillm_jax.trainer import Job, TrainingError, train
+
+USER_ERRORS = (ChatError, CheckpointError, ConfigError, DataError, MetricsError, TokenizerError, TrainingError)
+"""Errors whose message is meant for the person at the terminal."""
+
+MAY_CHANGE = {
+    "run": {"epochs", "steps", "save_interval", "keep", "log_interval", "eval_interval", "sample_interval",
+            "sample_prompts", "mesh", "overwrite", "max_skipped_steps", "wandb_project", "out_dir"},
+    "data": {"cache_dir", "num_proc"},
+    "compute": {"dtype", "attention_impl", "remat", "unroll"},
+}  # fmt: skip
+"""Settings that a resumed run may change: none of them alters which rows come next or what is optimised."""
+
+
+class StageConfig(Protocol):
+    """What a supervised stage's configuration holds."""
+
+    @property
+    def run(self) -> RunConfig: ...  # noqa: D102
+    @property
+    def data(self) -> DataConfig: ...  # noqa: D102
+    @property
+    def model(self) -> ModelConfig: ...  # noqa: D102
+    @property
+    def optim(self) -> OptimConfig: ...  # noqa: D102
+    @property
+    def compute(self) -> ComputeConfig: ...  # noqa: D102
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print errors that are meant for people as one line, and exit with status 2."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def setup_jax() -> None:
+    """Keep compiled programs in `~/.cache/minillm_jax/jax`, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/minillm_jax/jax").expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run folder.
+
+    Attributes:
+        folder: where everything goes.
+        model: the model's shape, with the vocabulary of the tokenizer and every derived size written out.
+        tokenizer: of the model.
+    """
+
+    folder: Path
+    model: ModelConfig
+    tokenizer: Tokenizer
+
+
+def open_run(config: StageConfig) -> Run:
+    """Create or reopen the run folder of a stage.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings or files that are no run, or no tokenizer was named.
+    """
+    folder = Path(config.run.out_dir)
+    saved_path = folder / "config.json"
+    if config.run.overwrite:
+        _clear(folder)
+    tokenizer = _find_tokenizer(config.run, folder)
+    model = _fit_vocabulary(config.model, tokenizer, config.run.model_path).resolved()
+    settings = json.loads(to_json(config))
+    settings["model"] = dataclasses.asdict(model)
+    settings = json.loads(json.dumps(settings))
+    if saved_path.exists():
+        _check_same_run(json.loads(saved_path.read_text()), settings, folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"--out_dir {folder} is neither empty nor a run; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder / "tokenizer")
+    _write_atomically(saved_path, json.dumps(settings, indent=2) + "\n")
+    return Run(folder, model, tokenizer)
+
+
+def _clear(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not (folder / "config.json").exists() and any(folder.iterdir()):
+        raise ConfigError(f"--overwrite: {folder} does not look like a run (no config.json); delete it yourself")
+    shutil.rmtree(folder)
+
+
+def _find_tokenizer(run: RunConfig, folder: Path) -> Tokenizer:
+    if run.tokenizer_path is not None:
+        return Tokenizer.load(run.tokenizer_path)
+    if run.model_path is not None:
+        return Tokenizer.from_files(load_tokenizer_files(run.model_path))
+    if (folder / "tokenizer").exists():
+        return Tokenizer.load(folder / "tokenizer")
+    raise ConfigError("--tokenizer_path is needed when there is no --model_path; make one with train.tokenizer")
+
+
+def _fit_vocabulary(model: ModelConfig, tokenizer: Tokenizer, model_path: str | None) -> ModelConfig:
+    """Give a new model the tokenizer's vocabulary, unless a larger one was asked for."""
+    size = tokenizer.vocab_size
+    if model_path is None and model.vocab_size == ModelConfig().vocab_size:
+        return dataclasses.replace(model, vocab_size=size)
+    if model.vocab_size < size:
+        raise ConfigError(f"vocab_size {model.vocab_size} is smaller than the tokenizer's {size}; use the model's own tokenizer")
+    return model
+
+
+def _check_same_run(saved: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    for group, values in asked.items():
+        if not isinstance(values, dict):
+            continue
+        for name, value in values.items():
+            old = saved.get(group, {}).get(name)
+            if old != value and name not in MAY_CHANGE.get(group, ()):
+                raise ConfigError(
+                    f"{folder} holds a run with {name} = {old}, but {value} was asked for; "
+                    "use the same flags to resume it, another --out_dir, or --overwrite to start afresh"
+                )
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def initial_params(run: Run, config: RunConfig) -> Callable[[Any], Params]:
+    """Make the function that gives a job its first parameters: loaded from `model_path`, or drawn from the seed."""
+    if config.model_path is not None:
+        path = config.model_path
+        return lambda shardings: load_params(path, shardings=shardings)[1]
+    draw = partial(init_params, run.model)
+    return lambda shardings: jax.jit(draw, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def train_on_rows(
+    config: StageConfig,
+    run: Run,
+    kind: str,
+    loss_fn: LossFn,
+    sample: Callable[[LanguageModel], list[str]] | None = None,
+) -> int:
+    """Tokenise, pack and train: the body of the stages that learn from packed rows.
+
+    Args:
+        config: the stage's configuration.
+        run: its open folder.
+        kind: row format, `pretrain` or `sft`.
+        loss_fn: the loss.
+        sample: texts to show every `sample_interval` steps.
+
+    Returns:
+        The exit status of the stage.
+    """
+    data = config.data
+    train_rows, valid_rows = load_rows(
+        data.data_path,
+        kind,
+        run.tokenizer,
+        data.max_seq_len,
+        on_bad_row=data.on_bad_row,
+        cache_dir=data.cache_dir,
+        num_proc=data.num_proc,
+        seed=config.run.seed,
+        valid_fraction=data.valid_fraction,
+        valid_path=data.valid_path,
+    )
+    print(f"train: {train_rows.describe()}")
+    if valid_rows is not None:
+        print(f"valid: {valid_rows.describe()}")
+    key = jax.random.key(config.run.seed)
+    job = Job(
+        run=config.run,
+        optim=config.optim,
+        model=run.model,
+        loss_fn=loss_fn,
+        init_params=initial_params(run, config.run),
+        param_shapes=jax.eval_shape(partial(init_params, run.model), key),
+        param_axes=param_axes(run.model),
+        train_rows=train_rows,
+        valid_rows=valid_rows,
+        batch_size=data.batch_size,
+        max_seq_len=data.max_seq_len,
+        tokenizer_files=run.tokenizer.files(),
+        settings=json.loads(to_json(config)),
+        sample=None if sample is None else lambda params: sample(LanguageModel(run.model, params, run.tokenizer)),
+    )
+    status = train(job)
+    plot_curves(run.folder)
+    return status

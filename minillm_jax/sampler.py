@@ -1,0 +1,245 @@
+"""Generation: prefill the prompts, then decode in jitted chunks of several steps over an explicit cache.
+
+Prompts of different lengths share a batch: they are padded on the right to a common bucket, and generated tokens follow in common
+cache slots; positions and segments keep the padding invisible. Each row draws from a random key of its own, so a
+prompt gives the same completion alone and among others.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minillm_jax.cache import KVCache, init_cache
+from minillm_jax.config import ComputeConfig, ModelConfig
+from minillm_jax.losses import logprobs_from_logits
+from minillm_jax.model import Params, compute_dtype, forward_hidden, unembed
+from minillm_jax.sampling import SamplingArrays, SamplingParams, penalize_repetition, sample, sampling_arrays
+
+CHUNK = 16
+"""Decode steps per call of the device: enough to hide Python, few enough to stream smoothly."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """Everything one decode step reads and writes.
+
+    Attributes:
+        cache: keys and values so far.
+        logits: `[B, V]` float32, of the next token.
+        positions: `[B]` position of the next token.
+        done: `[B]` bool, rows that ended.
+        seen: `[B, V]` bool, tokens of prompt and completion; `[B, 0]` when no row penalises repetition.
+        keys: `[B]` one random key a row.
+        step: scalar, tokens drawn so far.
+    """
+
+    cache: KVCache
+    logits: jax.Array
+    positions: jax.Array
+    done: jax.Array
+    seen: jax.Array
+    keys: jax.Array
+    step: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("config", "cache_length", "track_seen", "compute"))
+def prefill(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    *,
+    cache_length: int,
+    track_seen: bool,
+    compute: ComputeConfig,
+) -> DecodeState:
+    """Read right-padded prompts.
+
+    Args:
+        params: model parameters.
+        config: the model's shape.
+        tokens: `[B, T]` prompts, padded on the right.
+        lengths: `[B]` real tokens of each; a row of length 0 is a filler and starts out done.
+        keys: `[B]` random keys.
+        cache_length: slots S of the cache.
+        track_seen: whether some row penalises repetition.
+        compute: dtype and attention implementation.
+    """
+    batch, length = tokens.shape
+    real = jnp.arange(length)[None, :] < lengths[:, None]
+    cache = init_cache(config, batch, cache_length, compute_dtype(compute))
+    output = forward_hidden(
+        params, config, tokens, segment_ids=real.astype(jnp.int32), cache=cache, compute=compute
+    )
+    last = jnp.take_along_axis(output.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    assert output.cache is not None
+    seen = jnp.zeros((batch, config.vocab_size if track_seen else 0), bool)
+    if track_seen:
+        seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
+    return DecodeState(
+        output.cache, unembed(params, config, last), lengths, lengths == 0, seen, keys, jnp.zeros((), jnp.int32)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "steps", "compute"), donate_argnames=("state",))
+def decode_chunk(
+    params: Params,
+    config: ModelConfig,
+    state: DecodeState,
+    settings: SamplingArrays,
+    eos_token_ids: jax.Array,
+    *,
+    steps: int,
+    compute: ComputeConfig,
+) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """Draw `steps` tokens a row.
+
+    Args:
+        params: model parameters.
+        config: the model's shape.
+        state: from `prefill` or the chunk before; donated.
+        settings: sampling settings of each row.
+        eos_token_ids: `[B, n]` tokens that end a row; -1 where there is none.
+        steps: tokens to draw.
+        compute: dtype and attention implementation.
+
+    Returns:
+        The next state; tokens `[B, steps]`, -1 after a row's end; and their float32 log-probabilities `[B, steps]` under
+        the model itself, before temperature, penalties and filters.
+    """
+
+    def body(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
+        logits = state.logits
+        if state.seen.shape[1]:
+            logits = penalize_repetition(logits, state.seen, settings.repetition_penalty)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
+        tokens = sample(logits, keys, settings)
+        logprobs = logprobs_from_logits(state.logits, tokens)
+        emitted = jnp.where(state.done, -1, tokens)
+        done = state.done | (tokens[:, None] == eos_token_ids).any(-1)
+        output = forward_hidden(
+            params,
+            config,
+            tokens[:, None],
+            positions=state.positions[:, None],
+            segment_ids=(~state.done).astype(jnp.int32)[:, None],
+            cache=state.cache,
+            compute=compute,
+        )
+        assert output.cache is not None
+        seen = state.seen
+        if seen.shape[1]:
+            seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
+        next_logits = unembed(params, config, output.hidden[:, 0])
+        next_state = DecodeState(
+            output.cache, next_logits, state.positions + 1, done, seen, state.keys, state.step + 1
+        )
+        return next_state, (emitted, logprobs)
+
+    state, (tokens, logprobs) = jax.lax.scan(body, state, None, length=steps)
+    return state, tokens.T, logprobs.T
+
+
+def bucket(length: int, smallest: int = 32) -> int:
+    """Round a length up to the next of 32, 48, 64, 96, 128, …, so that few shapes are ever compiled."""
+    size = smallest
+    while size < length:
+        if size * 3 // 2 >= length:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+def row_keys(prompts: Sequence[Sequence[int]], seed: int) -> jax.Array:
+    """One random key a prompt: it depends on the seed and on how often the same prompt came before, not on the batch."""
+    count: Counter[tuple[int, ...]] = Counter()
+    occurrence = []
+    for prompt in prompts:
+        occurrence.append(count[tuple(prompt)])
+        count[tuple(prompt)] += 1
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.asarray(occurrence))
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, max_new_tokens: int) -> int:
+    """Refuse prompts that cannot be read, and return how many tokens fit behind the longest.
+
+    Raises:
+        ValueError: an empty prompt, a token outside the vocabulary, or no room for a single new token.
+    """
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty; give at least one token")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise ValueError(f"prompt {i} holds a token id outside the vocabulary of {config.vocab_size}")
+        if len(prompt) >= config.max_position_embeddings:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with max_position_embeddings "
+                f"{config.max_position_embeddings} there is no room for an answer"
+            )
+    return min(max_new_tokens, config.max_position_embeddings - max(map(len, prompts)))
+
+
+def decode_stream(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    eos_token_ids: Sequence[int],
+    *,
+    seed: int = 0,
+    compute: ComputeConfig = ComputeConfig(),
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Generate chunk by chunk for a batch of prompts.
+
+    The next chunk is dispatched before the last one is read, so the device does not wait for the consumer.
+
+    Yields:
+        Tokens `[B, n]` int32, -1 after a row's end, and their log-probabilities `[B, n]`.
+
+    Raises:
+        ValueError: see `check_prompts`.
+    """
+    budget = check_prompts(prompts, config, sampling.max_new_tokens)
+    rows = len(prompts)
+    batch = bucket(rows, smallest=1)
+    width = min(bucket(max(map(len, prompts))), config.max_position_embeddings)
+    tokens = np.zeros((batch, width), np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)] = prompt
+    lengths = np.asarray([len(p) for p in prompts] + [0] * (batch - rows), np.int32)
+    keys = row_keys([*prompts, *[()] * (batch - rows)], seed)
+    chunk = min(CHUNK, bucket(budget, smallest=1))
+    chunks = -(-budget // chunk)
+    state = prefill(
+        params, config, tokens, lengths, keys,
+        cache_length=width + bucket(chunks * chunk),
+        track_seen=sampling.repetition_penalty != 1.0,
+        compute=compute,
+    )  # fmt: skip
+    settings = sampling_arrays([sampling] * batch)
+    ends = [-1] if sampling.ignore_eos or not eos_token_ids else list(eos_token_ids)
+    eos = jnp.broadcast_to(jnp.asarray(ends, jnp.int32), (batch, len(ends)))
+    pending: tuple[jax.Array, jax.Array, jax.Array] | None = None
+    for i in range(chunks + 1):
+        current = None
+        if i < chunks:
+            state, drawn, logprobs = decode_chunk(
+                params, config, state, settings, eos, steps=chunk, compute=compute
+            )
+            current = (drawn, logprobs, jnp.copy(state.done))
+        if pending is not None:
+            keep = min(chunk, budget - (i - 1) * chunk)
+            drawn, logprobs, done = jax.device_get(pending)
+            yield drawn[:rows, :keep], logprobs[:rows, :keep]
+            if done[:rows].all():
+                return
+        pending = current

@@ -1,0 +1,143 @@
+"""From logits to one token: penalties, temperature, filters, draw. Every setting is an array with one entry a row.
+
+Filters keep the most likely tokens up to a threshold that is found by bisection over the float's own bits: exact after 31
+counts of the vocabulary, without sorting it, and with settings that may differ from row to row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn. The defaults sample from the model as it is.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    max_new_tokens: int = 64
+    """Longest completion in tokens."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Keep this many most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the most likely tokens whose probability reaches this sum (nucleus sampling, arXiv:1904.09751)."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely relative to the most likely one (arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen before, prompt included (CTRL, arXiv:1909.05858)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; the text ends before them."""
+    ignore_eos: bool = False
+    """Go on after the end token."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        checks = {
+            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
+            "temperature must not be negative": self.temperature >= 0,
+            "top_k must not be negative": self.top_k >= 0,
+            "top_p must lie in (0, 1]": 0 < self.top_p <= 1,
+            "min_p must lie in [0, 1]": 0 <= self.min_p <= 1,
+            "repetition_penalty must be positive": self.repetition_penalty > 0,
+            "stop must not hold an empty string": "" not in self.stop,
+        }
+        for rule, holds in checks.items():
+            if not holds:
+                raise ValueError(f"SamplingParams: {rule}; got {self}")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingArrays:
+    """The numeric settings of B rows, each `[B]`."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+
+
+def sampling_arrays(params: list[SamplingParams]) -> SamplingArrays:
+    """Stack the settings of several rows."""
+    return SamplingArrays(
+        temperature=jnp.asarray([p.temperature for p in params], jnp.float32),
+        top_k=jnp.asarray([p.top_k for p in params], jnp.int32),
+        top_p=jnp.asarray([p.top_p for p in params], jnp.float32),
+        min_p=jnp.asarray([p.min_p for p in params], jnp.float32),
+        repetition_penalty=jnp.asarray([p.repetition_penalty for p in params], jnp.float32),
+    )
+
+
+def penalize_repetition(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Make tokens marked in `seen` `[B, V]` less likely; logits `[B, V]`, penalty `[B]`."""
+    penalty = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _largest_threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Largest threshold `[B]` for which `enough(probs >= threshold)` holds, by bisection over non-negative floats.
+
+    Non-negative float32 values are ordered like their bit patterns, so 31 halvings end on the exact value.
+    """
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # low always suffices, high never does
+        middle = low + (high - low) // 2
+        holds = enough(probs >= jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None])
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    rows = probs.shape[0]
+    above_one = jax.lax.bitcast_convert_type(jnp.float32(1.5), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros(rows, jnp.int32), jnp.full(rows, above_one)))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def filter_logits(logits: jax.Array, settings: SamplingArrays) -> jax.Array:
+    """Set the logits of tokens outside top-k, top-p or min-p to minus infinity.
+
+    Filters apply one after another, in that order, each to the distribution that the one before left. Tokens that tie with the last
+    one kept are kept too. Logits are `[B, V]`, already divided by temperature.
+    """
+    vocab = logits.shape[-1]
+    top_k = jnp.where(settings.top_k > 0, settings.top_k, vocab)[:, None]
+    probs = jax.nn.softmax(logits, axis=-1)
+    threshold = _largest_threshold(probs, lambda kept: kept.sum(-1) >= jnp.minimum(top_k[:, 0], vocab))
+    probs = jnp.where(probs >= threshold[:, None], probs, 0.0)
+    mass = settings.top_p * probs.sum(-1)
+    nucleus = _largest_threshold(probs, lambda kept: jnp.where(kept, probs, 0.0).sum(-1) >= mass)
+    nucleus = jnp.where(settings.top_p < 1.0, nucleus, 0.0)
+    floor = jnp.maximum(nucleus, settings.min_p * probs.max(-1))
+    return jnp.where((probs >= floor[:, None]) & (probs > 0), logits, -jnp.inf)
+
+
+def sample(logits: jax.Array, keys: jax.Array, settings: SamplingArrays) -> jax.Array:
+    """Draw one token a row.
+
+    Args:
+        logits: `[B, V]` float32, penalties already applied.
+        keys: `[B]` random keys.
+        settings: of each row; temperature 0 takes the most likely token.
+
+    Returns:
+        `[B]` int32 tokens.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        scaled = logits / jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
+        filtered = jnp.any((settings.top_k > 0) | (settings.top_p < 1.0) | (settings.min_p > 0))
+        scaled = jax.lax.cond(filtered, lambda: filter_logits(scaled, settings), lambda: scaled)
+        drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+        return jnp.where(settings.temperature > 0, drawn, greedy)
+
+    return jax.lax.cond(jnp.any(settings.temperature > 0), draw, lambda: greedy)

@@ -1,0 +1,374 @@
+"""The training step and the training loop, the same for every stage.
+
+A stage brings a loss function and rows; `train` owns the rest: the sharded state, resuming, logging, validation,
+checkpoints and a clean exit on Ctrl-C. The step is one pure, donated, jitted function; what it measured is read one step
+late, so that the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from minillm_jax.checkpoint import Checkpointer
+from minillm_jax.config import ModelConfig, OptimConfig, RunConfig
+from minillm_jax.data import eval_batches, make_iterator
+from minillm_jax.losses import Batch, LossFn
+from minillm_jax.metrics import MetricsLogger, flops_per_token, peak_flops
+from minillm_jax.model import Params
+from minillm_jax.optim import make_optimizer, make_schedule
+from minillm_jax.sharding import batch_sharding, data_parallelism, make_mesh, optimizer_shardings, tree_shardings
+
+TrainState = dict[str, Any]
+"""`{"params", "opt_state", "step", "key"}`: everything that a step changes, and a checkpoint keeps."""
+TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says since when and what to try."""
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """Make the state before the first step."""
+    return {
+        "params": params,
+        "opt_state": optimizer.init(params),
+        "step": jnp.zeros((), jnp.int32),
+        "key": jax.random.key(seed),
+    }
+
+
+def accumulate_gradients(
+    loss_fn: LossFn, params: Params, frozen: Any, batch: Batch, key: jax.Array, micro_batches: int
+) -> tuple[Params, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Sum loss gradients over micro-batches.
+
+    Sums and weights are added separately, so the result does not depend on how rows were split, whatever their masks.
+
+    Args:
+        loss_fn: see `losses.LossFn`.
+        params: what is differentiated.
+        frozen: what is not.
+        batch: arrays `[A * B, T]`, A being `micro_batches`.
+        key: randomness for dropout.
+        micro_batches: how many parts to take the rows in.
+
+    Returns:
+        Gradient of the loss sum, the weight sum, and metrics as (sum, weight) pairs.
+    """
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def part(rows: Batch, part_key: jax.Array) -> Any:
+        (_, (weight, metrics)), grads = grad_fn(params, frozen, rows, part_key)
+        return grads, weight, metrics
+
+    if micro_batches == 1:
+        return part(batch, key)
+    parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+    keys = jax.random.split(key, micro_batches)
+    first = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts), key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+
+    def body(total: Any, inputs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, part(*inputs)), None
+
+    total, _ = jax.lax.scan(body, zeros, (parts, keys))
+    return total
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, micro_batches: int = 1
+) -> TrainStep:
+    """Make the pure step `(state, frozen, batch) -> (state, metrics)`.
+
+    A step whose gradient is not finite changes nothing but the step count and the key; its metric `skipped` is 1. Metrics are
+    scalars: the loss function's means, `grad_norm` before clipping, `learning_rate`, `tokens` (trained weight), `skipped`.
+    """
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        params, opt_state = state["params"], state["opt_state"]
+        key = jax.random.fold_in(state["key"], state["step"])
+        grads, weight, sums = accumulate_gradients(loss_fn, params, frozen, batch, key, micro_batches)
+        scale = 1.0 / jnp.maximum(weight, 1e-8)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(grad_norm)
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        new_params = optax.apply_updates(params, updates)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        metrics = {name: total / jnp.maximum(count, 1e-8) for name, (total, count) in sums.items()}
+        metrics |= {
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
+            "tokens": weight,
+            "skipped": 1.0 - finite,
+        }
+        new_state = {
+            "params": jax.tree.map(keep, new_params, params),
+            "opt_state": jax.tree.map(keep, new_opt_state, opt_state),
+            "step": state["step"] + 1,
+            "key": state["key"],
+        }
+        return new_state, metrics
+
+    return step
+
+
+def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+    """Make `(params, frozen, batch) -> metrics` as (sum, weight) pairs, without dropout."""
+
+    def step(params: Params, frozen: Any, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+        return loss_fn(params, frozen, batch, None)[1][1]
+
+    return step
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """Place a host batch `[B, T]` on the mesh, rows over the data-parallel axes."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+@dataclass
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM; the second Ctrl-C interrupts at once."""
+
+    signum: int | None = None
+    previous: dict[int, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request that the loop sees between two steps."""
+    request = StopRequest()
+
+    def handle(signum: int, frame: Any) -> None:
+        if request.signum is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signum = signum
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        request.previous[signum] = signal.signal(signum, handle)
+    try:
+        yield request
+    finally:
+        for signum, previous in request.previous.items():
+            signal.signal(signum, previous)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage's training: what differs between stages.
+
+    Attributes:
+        run: the shared settings of the run.
+        optim: optimizer settings.
+        model: shape of the trained model.
+        loss_fn: the loss, see `losses.LossFn`.
+        init_params: makes (or loads) the parameters to start from, given their shardings.
+        param_shapes: tree of their abstract shapes.
+        param_axes: tree of logical axis names like the parameters.
+        train_rows: random-access rows.
+        valid_rows: held-out rows, or None.
+        batch_size: rows per micro-batch.
+        max_seq_len: tokens per row.
+        tokenizer_files: saved inside every checkpoint.
+        settings: everything that was set, for the loggers.
+        frozen: argument of the loss that is not trained.
+        sample: returns sample texts of the given parameters, or None.
+    """
+
+    run: RunConfig
+    optim: OptimConfig
+    model: ModelConfig
+    loss_fn: LossFn
+    init_params: Callable[[Any], Params]
+    param_shapes: Params
+    param_axes: Any
+    train_rows: Any
+    valid_rows: Any
+    batch_size: int
+    max_seq_len: int
+    tokenizer_files: dict[str, str]
+    settings: dict[str, Any]
+    frozen: Any = None
+    sample: Callable[[Params], list[str]] | None = None
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that one optimizer step reads."""
+        return self.batch_size * self.run.accumulation_steps
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.run.steps is not None:
+            return self.run.steps
+        return max(1, math.ceil(self.run.epochs * len(self.train_rows) / self.rows_per_step))
+
+
+def train(job: Job) -> int:
+    """Run a job to its end, or to a signal.
+
+    Returns:
+        0 when all steps are done, 128 plus the signal's number when a signal ended it (everything saved).
+
+    Raises:
+        TrainingError: too many steps in a row had a non-finite gradient, or the batch does not fit the mesh.
+    """
+    mesh = make_mesh(job.run.mesh)
+    ways = data_parallelism(mesh)
+    if job.batch_size % ways:
+        raise TrainingError(
+            f"--batch_size {job.batch_size} cannot be split over {ways} devices; use a multiple of {ways}, "
+            "or a --mesh with a smaller data axis"
+        )
+    with jax.set_mesh(mesh), stop_on_signal() as stop:
+        with Checkpointer(
+            job.run.out_dir, keep=job.run.keep, model_config=job.model, tokenizer_files=job.tokenizer_files
+        ) as checkpointer:
+            return _Loop(job, mesh, checkpointer).run(stop)
+
+
+class _Loop:
+    """The loop's moving parts; lives for one call of `train`."""
+
+    def __init__(self, job: Job, mesh: Mesh, checkpointer: Checkpointer) -> None:
+        self.job, self.mesh, self.checkpointer = job, mesh, checkpointer
+        self.total = job.total_steps
+        schedule = make_schedule(job.optim, self.total)
+        param_shardings = tree_shardings(mesh, job.param_axes)
+        optimizer = make_optimizer(job.optim, self.total, job.param_shapes)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        shardings = {
+            "params": param_shardings,
+            "opt_state": optimizer_shardings(mesh, optimizer, job.param_shapes, param_shardings),
+            "step": replicated,
+            "key": replicated,
+        }
+        self.iterator = make_iterator(
+            job.train_rows, job.rows_per_step, job.run.seed, jax.process_index(), jax.process_count()
+        )
+        self.state = self._restore(optimizer, shardings)
+        if self.state is None:
+            params = job.init_params(param_shardings)
+            make = jax.jit(lambda p: init_state(p, optimizer, job.run.seed), out_shardings=shardings, donate_argnums=0)
+            self.state = make(params)
+        self.start = int(self.state["step"])
+        step = make_train_step(job.loss_fn, optimizer, schedule, job.run.accumulation_steps)
+        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        self.eval_step = jax.jit(make_eval_step(job.loss_fn))
+        self.skipped_total = self.skipped_in_a_row = 0
+        self.valid_loss: tuple[int, float] | None = None
+        self.saved_step = self.start if self.start else -1
+
+    def _restore(self, optimizer: optax.GradientTransformation, shardings: Any) -> TrainState | None:
+        state = jax.eval_shape(lambda p: init_state(p, optimizer, self.job.run.seed), self.job.param_shapes)
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+        restored = self.checkpointer.restore(abstract, report=print)
+        if restored is None:
+            return None
+        self.iterator.set_state(restored.data_state)
+        return restored.state
+
+    def run(self, stop: StopRequest) -> int:
+        """Step until the end or a signal; what step n measured is read while step n + 1 runs."""
+        job = self.job
+        with MetricsLogger(
+            job.run.out_dir,
+            self.total,
+            start_step=self.start,
+            wandb_project=job.run.wandb_project,
+            config=job.settings,
+        ) as self.logger:
+            if self.start:
+                self.logger.print(f"resuming {job.run.out_dir} after step {self.start} of {self.total}")
+            self.flops = flops_per_token(job.model, job.max_seq_len)
+            self.peak = peak_flops(jax.devices()[0])
+            self.clock, self.clock_tokens = time.perf_counter(), 0
+            pending: tuple[int, dict[str, jax.Array]] | None = None
+            for step in range(self.start + 1, self.total + 1):
+                host_batch = next(self.iterator)
+                self.state, metrics = self.train_step(self.state, job.frozen, put_batch(host_batch, self.mesh))
+                if pending is not None:
+                    self._read(*pending)
+                pending = (step, metrics)
+                self.clock_tokens += int((host_batch["segment_ids"] > 0).sum())
+                due_eval = job.run.eval_interval and step % job.run.eval_interval == 0
+                due_save = step % job.run.save_interval == 0 or step == self.total or stop.signum is not None
+                due_sample = job.sample and job.run.sample_interval and step % job.run.sample_interval == 0
+                if due_eval or due_save or due_sample:
+                    self._read(*pending)
+                    pending = None
+                    self._between_steps(step, bool(due_eval), due_save, bool(due_sample), stop)
+                if stop.signum is not None:
+                    self.logger.print(f"stopped by signal after step {step}; start again to go on from here")
+                    return 128 + stop.signum
+            if self.skipped_total:
+                self.logger.print(f"{self.skipped_total} steps were skipped for non-finite gradients")
+        return 0
+
+    def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Fetch one step's metrics, log them when due, and watch for divergence."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        skipped = values.pop("skipped") > 0
+        self.skipped_total += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            self.logger.print(f"step {step}: the gradient is not finite; step skipped ({self.skipped_in_a_row} in a row)")
+        if self.skipped_in_a_row >= self.job.run.max_skipped_steps:
+            raise TrainingError(
+                f"{self.skipped_in_a_row} steps in a row up to step {step} had a non-finite gradient; "
+                "lower --learning_rate or raise --warmup_ratio, and look at the rows with train.inspect_data"
+            )
+        if step % self.job.run.log_interval and step != self.total and step != self.start + 1:
+            return
+        now = time.perf_counter()
+        if self.clock_tokens and step > self.start + 1:  # the first step compiles
+            rate = self.clock_tokens / (now - self.clock)
+            values["tokens_per_second"] = rate
+            if self.peak:
+                values["mfu"] = rate * self.flops / (self.peak * jax.device_count())
+        self.clock, self.clock_tokens = now, 0
+        values["skipped_steps"] = float(self.skipped_total)
+        self.logger.log(step, values)
+
+    def _between_steps(self, step: int, evaluate: bool, save: bool, sample: bool, stop: StopRequest) -> None:
+        """Validate, sample and save: all that needs the device to itself, off the throughput clock."""
+        paused = time.perf_counter()
+        if self.job.valid_rows is not None and (evaluate or (save and stop.signum is None)):
+            self._validate(step)
+        if sample and self.job.sample is not None:
+            for text in self.job.sample(self.state["params"]):
+                self.logger.print(f"step {step} sample: {text}")
+        if save:
+            loss = self.valid_loss[1] if self.valid_loss is not None and self.valid_loss[0] == step else None
+            metrics = None if loss is None else {"valid_loss": loss}
+            self.checkpointer.save(self.state, self.iterator.get_state(), metrics)
+        self.clock += time.perf_counter() - paused
+
+    def _validate(self, step: int) -> None:
+        if self.valid_loss is not None and self.valid_loss[0] == step:
+            return
+        totals: dict[str, tuple[float, float]] = {}
+        for batch in eval_batches(self.job.valid_rows, self.job.batch_size):
+            sums = jax.device_get(
+                self.eval_step(self.state["params"], self.job.frozen, put_batch(batch, self.mesh))
+            )
+            for name, (value, weight) in sums.items():
+                old = totals.get(name, (0.0, 0.0))
+                totals[name] = (old[0] + float(value), old[1] + float(weight))
+        values = {f"valid_{name}": value / max(weight, 1e-8) for name, (value, weight) in totals.items()}
+        self.valid_loss = (step, values["valid_loss"])
+        self.logger.log(step, values)

@@ -1,0 +1,47 @@
+"""Pretraining: next-token prediction on raw text.
+
+    python -m train.pretrain --data_path corpus.jsonl --tokenizer_path out/tokenizer --out_dir out/pretrain
+
+Rows are `{"text": "…"}`. Documents are packed into rows of `--max_seq_len` tokens and never see each other.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from minillm_jax.checkpoint import read_model_config
+from minillm_jax.config import ComputeConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, parse_cli
+from minillm_jax.lm import LanguageModel, generate
+from minillm_jax.losses import language_model_loss
+from minillm_jax.run import open_run, setup_jax, train_on_rows, user_errors
+from minillm_jax.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of a pretraining run."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig = OptimConfig(learning_rate=1e-3)
+    compute: ComputeConfig = ComputeConfig()
+
+
+def main() -> int:
+    """Run the stage; returns the exit status."""
+    with user_errors():
+        config = parse_cli(PretrainConfig, str(__doc__), read_model=read_model_config)
+        setup_jax()
+        run = open_run(config)
+
+        def sample(lm: LanguageModel) -> list[str]:
+            completions = generate(lm, config.run.sample_prompts, SamplingParams(max_new_tokens=48, temperature=0.8))
+            return [p + c.text for p, c in zip(config.run.sample_prompts, completions, strict=True)]
+
+        return train_on_rows(config, run, "pretrain", language_model_loss(run.model, config.compute), sample)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

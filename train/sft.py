@@ -1,0 +1,51 @@
+"""Supervised fine-tuning: learn the assistant's turns of conversations.
+
+    python -m train.sft --data_path chats.jsonl --model_path out/pretrain --out_dir out/sft
+
+Rows are `{"conversations": [{"role": …, "content": …}, …]}`. The chat template renders tokens and loss mask together:
+only what the assistant says, its end token included, is trained.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from minillm_jax.chat import render
+from minillm_jax.checkpoint import read_model_config
+from minillm_jax.config import ComputeConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, parse_cli
+from minillm_jax.lm import LanguageModel, generate
+from minillm_jax.losses import language_model_loss
+from minillm_jax.run import open_run, setup_jax, train_on_rows, user_errors
+from minillm_jax.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Settings of a supervised fine-tuning run."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig = OptimConfig(learning_rate=5e-4)
+    compute: ComputeConfig = ComputeConfig()
+
+
+def main() -> int:
+    """Run the stage; returns the exit status."""
+    with user_errors():
+        config = parse_cli(SftConfig, str(__doc__), read_model=read_model_config)
+        setup_jax()
+        run = open_run(config)
+
+        def sample(lm: LanguageModel) -> list[str]:
+            turns = [[{"role": "user", "content": prompt}] for prompt in config.run.sample_prompts]
+            prompts = [render(lm.tokenizer, turn, add_generation_prompt=True).token_ids for turn in turns]
+            completions = generate(lm, prompts, SamplingParams(max_new_tokens=48, temperature=0.0))
+            return [f"{p} → {c.text}" for p, c in zip(config.run.sample_prompts, completions, strict=True)]
+
+        return train_on_rows(config, run, "sft", language_model_loss(run.model, config.compute), sample)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
