@@ -6,7 +6,7 @@ that mutates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +100,10 @@ class _Row:
         piece, self.sent = self.text[self.sent : end], max(self.sent, end)
         return piece
 
+    def completion(self) -> Completion:
+        """Return what the row has become."""
+        return Completion(self.text, self.token_ids, self.logprobs, str(self.finish_reason))
+
 
 def _decode(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seed: int, compute: ComputeConfig
@@ -112,6 +116,8 @@ def _decode(
     for tokens, logprobs in stream:
         for i, row in enumerate(rows):
             for token, logprob in zip(tokens[i].tolist(), logprobs[i].tolist(), strict=True):
+                if row.finish_reason is None and token < 0:  # its context is full while others go on
+                    row.finish("length")
                 if row.finish_reason is not None:
                     break
                 row.push(token, logprob)
@@ -125,7 +131,7 @@ def _decode(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """Token ids of a prompt; text starts like a pretraining document, with the begin token, and holds no control tokens."""
+    """Token ids of a prompt; text starts like a document, with the begin token, and holds no control tokens."""
     return [tokenizer.bos_token_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
 
 
@@ -155,7 +161,7 @@ def generate(
     rows: list[_Row] = []
     for rows in _decode(lm, ids, sampling, seed, compute):  # noqa: B007
         pass
-    return [Completion(row.text, row.token_ids, row.logprobs, str(row.finish_reason)) for row in rows]
+    return [row.completion() for row in rows]
 
 
 def stream(
@@ -165,8 +171,15 @@ def stream(
     *,
     seed: int = 0,
     compute: ComputeConfig = ComputeConfig(),
-) -> Iterator[str]:
-    """Complete one prompt, yielding text as it is generated; the pieces add up to `generate`'s text."""
-    for rows in _decode(lm, [encode_prompt(lm.tokenizer, prompt)], sampling, seed, compute):
-        if piece := rows[0].fresh_text():
+) -> Generator[str, None, Completion]:
+    """Complete one prompt, yielding text as it is generated; the pieces add up to `generate`'s text.
+
+    Args and errors are those of `generate`.
+
+    Returns:
+        The whole completion, as the value of the exhausted generator.
+    """
+    for (row,) in _decode(lm, [encode_prompt(lm.tokenizer, prompt)], sampling, seed, compute):
+        if piece := row.fresh_text():
             yield piece
+    return row.completion()

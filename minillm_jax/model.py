@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
@@ -98,6 +99,34 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Named(nn.meta.AxisMetadata[jax.Array]):
+    """A new parameter in a box that bears its axis names. Names only: `sharding.py` decides what becomes of them."""
+
+    value: Any
+    names: tuple[str | None, ...] = field(metadata={"static": True})
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> _Named:
+        return _Named(val, self.names)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> _Named:
+        names = list(self.names)
+        names.insert(index, params[nn.PARTITION_NAME])
+        return _Named(self.value, tuple(names))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> _Named:
+        return _Named(self.value, self.names[:index] + self.names[index + 1 :])
+
+
+def _named(init: nn.initializers.Initializer, axes: tuple[str | None, ...]) -> Callable[..., _Named]:
+    """Make an initializer whose result bears axis names."""
+    return lambda *args: _Named(init(*args), axes)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation in float32 (arXiv:1910.07467)."""
 
@@ -107,7 +136,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise the last axis."""
-        init = nn.with_partitioning(nn.initializers.ones_init(), (self.axis,))
+        init = _named(nn.initializers.ones_init(), (self.axis,))
         scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
@@ -125,11 +154,11 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Multiply the last axis."""
-        init = nn.with_partitioning(nn.initializers.normal(self.stddev), self.axes)
+        init = _named(nn.initializers.normal(self.stddev), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         y = x @ kernel.astype(x.dtype)
         if self.use_bias:
-            zeros = nn.with_partitioning(nn.initializers.zeros_init(), (self.axes[1],))
+            zeros = _named(nn.initializers.zeros_init(), (self.axes[1],))
             y = y + self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
         return y
 
@@ -205,7 +234,7 @@ class Experts(nn.Module):
         out_std = c.initializer_range / math.sqrt(2 * c.num_hidden_layers)
 
         def weight(name: str, axes: tuple[str, ...], shape: tuple[int, ...], stddev: float) -> jax.Array:
-            init = nn.with_partitioning(nn.initializers.normal(stddev), axes)
+            init = _named(nn.initializers.normal(stddev), axes)
             return self.param(name, init, shape, jnp.float32).astype(dtype)
 
         into, back = (c.num_experts, c.hidden_size, c.expert_size), (c.num_experts, c.expert_size, c.hidden_size)
@@ -297,7 +326,7 @@ class Transformer(nn.Module):
         """See `forward_hidden`."""
         c = self.config
         dtype = compute_dtype(self.compute)
-        init = nn.with_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
+        init = _named(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
         table = _Table(init, (c.vocab_size, c.hidden_size), "embedding", name="embed_tokens")()
         x = constrain(table.astype(dtype)[tokens], "batch", None, None)  # [B, T, D]
         cos, sin = rope_tables(positions, c)
@@ -328,7 +357,7 @@ class Transformer(nn.Module):
             cache = KVCache(kv[0], kv[1], cache.positions, cache.segment_ids, cache.index)
         x = RMSNorm(c.rms_norm_eps, name="norm")(x)
         if not c.tie_word_embeddings and self.is_initializing():
-            head = nn.with_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
+            head = _named(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
             _Table(head, (c.hidden_size, c.vocab_size), "kernel", name="lm_head")()
         if routed is None:
             return ModelOutput(x, cache, None, None)
@@ -368,7 +397,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 def param_axes(config: ModelConfig) -> Params:
     """Tree like the parameters, with each leaf's tuple of logical axis names."""
     boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
-    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, _Named))
 
 
 def forward_hidden(

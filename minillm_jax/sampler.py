@@ -1,13 +1,14 @@
 """Generation: prefill the prompts, then decode in jitted chunks of several steps over an explicit cache.
 
-Prompts of different lengths share a batch: they are padded on the right to a common bucket, and generated tokens follow in common
-cache slots; positions and segments keep the padding invisible. Each row draws from a random key of its own, so a
-prompt gives the same completion alone and among others.
+Prompts of different lengths share a batch: they are padded on the right to a common bucket, and generated tokens follow
+in common cache slots; positions and segments keep the padding invisible. Each row draws from a random key of its own, so
+a prompt gives the same completion alone and among others.
 """
 
 from __future__ import annotations
 
 import functools
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,9 +78,7 @@ def prefill(
     batch, length = tokens.shape
     real = jnp.arange(length)[None, :] < lengths[:, None]
     cache = init_cache(config, batch, cache_length, compute_dtype(compute))
-    output = forward_hidden(
-        params, config, tokens, segment_ids=real.astype(jnp.int32), cache=cache, compute=compute
-    )
+    output = forward_hidden(params, config, tokens, segment_ids=real.astype(jnp.int32), cache=cache, compute=compute)
     last = jnp.take_along_axis(output.hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     assert output.cache is not None
     seen = jnp.zeros((batch, config.vocab_size if track_seen else 0), bool)
@@ -113,8 +112,8 @@ def decode_chunk(
         compute: dtype and attention implementation.
 
     Returns:
-        The next state; tokens `[B, steps]`, -1 after a row's end; and their float32 log-probabilities `[B, steps]` under
-        the model itself, before temperature, penalties and filters.
+        The next state; tokens `[B, steps]`, -1 after a row's end; and their float32 log-probabilities `[B, steps]`
+        under the model itself, before temperature, penalties and filters.
     """
 
     def body(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
@@ -140,9 +139,7 @@ def decode_chunk(
         if seen.shape[1]:
             seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
         next_logits = unembed(params, config, output.hidden[:, 0])
-        next_state = DecodeState(
-            output.cache, next_logits, state.positions + 1, done, seen, state.keys, state.step + 1
-        )
+        next_state = DecodeState(output.cache, next_logits, state.positions + 1, done, seen, state.keys, state.step + 1)
         return next_state, (emitted, logprobs)
 
     state, (tokens, logprobs) = jax.lax.scan(body, state, None, length=steps)
@@ -160,17 +157,22 @@ def bucket(length: int, smallest: int = 32) -> int:
 
 
 def row_keys(prompts: Sequence[Sequence[int]], seed: int) -> jax.Array:
-    """One random key a prompt: it depends on the seed and on how often the same prompt came before, not on the batch."""
-    count: Counter[tuple[int, ...]] = Counter()
-    occurrence = []
+    """One random key a prompt: it depends on the seed, the prompt and how often it came before, not on the batch."""
+    count: Counter[bytes] = Counter()
+    labels = []
     for prompt in prompts:
-        occurrence.append(count[tuple(prompt)])
-        count[tuple(prompt)] += 1
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.asarray(occurrence))
+        data = np.asarray(prompt, np.int32).tobytes()
+        labels.append((zlib.crc32(data), count[data]))
+        count[data] += 1
+    fold = jax.vmap(jax.random.fold_in)
+    keys = jnp.broadcast_to(jax.random.key(seed), len(prompts))
+    for part in np.asarray(labels, np.uint32).T:
+        keys = fold(keys, part)
+    return keys
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, max_new_tokens: int) -> int:
-    """Refuse prompts that cannot be read, and return how many tokens fit behind the longest.
+def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, max_new_tokens: int) -> np.ndarray:
+    """Refuse prompts that cannot be read, and return how many new tokens `[B]` the context leaves to each.
 
     Raises:
         ValueError: an empty prompt, a token outside the vocabulary, or no room for a single new token.
@@ -185,7 +187,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, max_new
                 f"prompt {i} has {len(prompt)} tokens; with max_position_embeddings "
                 f"{config.max_position_embeddings} there is no room for an answer"
             )
-    return min(max_new_tokens, config.max_position_embeddings - max(map(len, prompts)))
+    return np.minimum(max_new_tokens, config.max_position_embeddings - np.asarray([len(prompt) for prompt in prompts]))
 
 
 def decode_stream(
@@ -203,12 +205,13 @@ def decode_stream(
     The next chunk is dispatched before the last one is read, so the device does not wait for the consumer.
 
     Yields:
-        Tokens `[B, n]` int32, -1 after a row's end, and their log-probabilities `[B, n]`.
+        Tokens `[B, n]` int32, -1 after a row's end or last position, and their log-probabilities `[B, n]`.
 
     Raises:
         ValueError: see `check_prompts`.
     """
-    budget = check_prompts(prompts, config, sampling.max_new_tokens)
+    budgets = check_prompts(prompts, config, sampling.max_new_tokens)
+    budget = int(budgets.max())
     rows = len(prompts)
     batch = bucket(rows, smallest=1)
     width = min(bucket(max(map(len, prompts))), config.max_position_embeddings)
@@ -232,14 +235,14 @@ def decode_stream(
     for i in range(chunks + 1):
         current = None
         if i < chunks:
-            state, drawn, logprobs = decode_chunk(
-                params, config, state, settings, eos, steps=chunk, compute=compute
-            )
+            state, drawn, logprobs = decode_chunk(params, config, state, settings, eos, steps=chunk, compute=compute)
             current = (drawn, logprobs, jnp.copy(state.done))
         if pending is not None:
-            keep = min(chunk, budget - (i - 1) * chunk)
             drawn, logprobs, done = jax.device_get(pending)
-            yield drawn[:rows, :keep], logprobs[:rows, :keep]
-            if done[:rows].all():
+            counts = np.arange((i - 1) * chunk, min(i * chunk, budget)) + 1  # tokens drawn so far
+            keep = len(counts)
+            within = counts <= budgets[:, None]
+            yield np.where(within, drawn[:rows, :keep], -1), logprobs[:rows, :keep]
+            if (done[:rows] | (counts[-1] >= budgets)).all():
                 return
         pending = current

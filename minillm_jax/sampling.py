@@ -1,7 +1,7 @@
 """From logits to one token: penalties, temperature, filters, draw. Every setting is an array with one entry a row.
 
-Filters keep the most likely tokens up to a threshold that is found by bisection over the float's own bits: exact after 31
-counts of the vocabulary, without sorting it, and with settings that may differ from row to row.
+Filters keep the most likely tokens up to a threshold that is found by bisection over the float's own bits: exact after
+31 counts of the vocabulary, without sorting it, and with settings that may differ from row to row.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Keep tokens at least this likely relative to the most likely one (arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens seen before, prompt included (CTRL, arXiv:1909.05858)."""
+    """Divides positive and multiplies negative logits of tokens seen, prompt included (CTRL, arXiv:1909.05858)."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion; the text ends before them."""
     ignore_eos: bool = False
@@ -42,17 +42,17 @@ class SamplingParams:
         """Refuse values that mean nothing."""
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         checks = {
-            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
-            "temperature must not be negative": self.temperature >= 0,
-            "top_k must not be negative": self.top_k >= 0,
-            "top_p must lie in (0, 1]": 0 < self.top_p <= 1,
-            "min_p must lie in [0, 1]": 0 <= self.min_p <= 1,
-            "repetition_penalty must be positive": self.repetition_penalty > 0,
-            "stop must not hold an empty string": "" not in self.stop,
+            "max_new_tokens": (self.max_new_tokens >= 1, "be at least 1"),
+            "temperature": (self.temperature >= 0, "not be negative"),
+            "top_k": (self.top_k >= 0, "not be negative"),
+            "top_p": (0 < self.top_p <= 1, "lie in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "lie in [0, 1]"),
+            "repetition_penalty": (self.repetition_penalty > 0, "be positive"),
+            "stop": ("" not in self.stop, "not hold an empty string"),
         }
-        for rule, holds in checks.items():
+        for name, (holds, rule) in checks.items():
             if not holds:
-                raise ValueError(f"SamplingParams: {rule}; got {self}")
+                raise ValueError(f"{name} must {rule}; it is {getattr(self, name)!r}")
 
 
 @jax.tree_util.register_dataclass
@@ -105,8 +105,8 @@ def _largest_threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array
 def filter_logits(logits: jax.Array, settings: SamplingArrays) -> jax.Array:
     """Set the logits of tokens outside top-k, top-p or min-p to minus infinity.
 
-    Filters apply one after another, in that order, each to the distribution that the one before left. Tokens that tie with the last
-    one kept are kept too. Logits are `[B, V]`, already divided by temperature.
+    Filters apply one after another, in that order, each to the distribution that the one before left. Tokens that tie
+    with the last one kept are kept too. Logits are `[B, V]`, already divided by temperature.
     """
     vocab = logits.shape[-1]
     top_k = jnp.where(settings.top_k > 0, settings.top_k, vocab)[:, None]

@@ -27,7 +27,7 @@ from minillm_jax.data import eval_batches, make_iterator
 from minillm_jax.losses import Batch, LossFn
 from minillm_jax.metrics import MetricsLogger, flops_per_token, peak_flops
 from minillm_jax.model import Params
-from minillm_jax.optim import make_optimizer, make_schedule
+from minillm_jax.optim import global_norm, make_optimizer, make_schedule
 from minillm_jax.sharding import batch_sharding, data_parallelism, make_mesh, optimizer_shardings, tree_shardings
 
 TrainState = dict[str, Any]
@@ -102,7 +102,7 @@ def make_train_step(
         grads, weight, sums = accumulate_gradients(loss_fn, params, frozen, batch, key, micro_batches)
         scale = 1.0 / jnp.maximum(weight, 1e-8)
         grads = jax.tree.map(lambda g: g * scale, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = global_norm(grads)
         finite = jnp.isfinite(grad_norm)
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
         new_params = optax.apply_updates(params, updates)

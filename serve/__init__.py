@@ -1,0 +1,1 @@
+"""Serving: talk to a trained model."""

@@ -49,6 +49,12 @@ def row(kind: str, **changes: object) -> dict:
     return GOOD[kind] | changes
 
 
+@pytest.mark.parametrize(("kind", "name"), [("pairs", "task"), ("exact", "family")])
+def test_a_row_may_name_its_group(tmp_path, kind, name):
+    path = write_lines(tmp_path / "a.jsonl", row(kind, **{name: "g"}), row(kind, **{name: None}), GOOD[kind])
+    assert [getattr(record, name) for record in read_records([path], kind)] == ["g", None, None]
+
+
 def turns(*items: object) -> dict:
     return {"conversations": list(items)}
 
@@ -124,6 +130,8 @@ BAD_ROWS = [
     ("choice", row("choice", gold="0"), "gold: must be a whole number, not a string"),
     ("pairs", {"good": "g"}, "bad: is missing"),
     ("exact", {"prompt": "p", "answer": 4}, "answer: must be a string, not the number 4"),
+    ("pairs", row("pairs", task=1), "task: must be a string, not the number 1"),
+    ("exact", row("exact", family=["add"]), "family: must be a string, not a list"),
 ]
 
 

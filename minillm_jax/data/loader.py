@@ -254,7 +254,7 @@ class _EpochOrder:
         rows = np.arange(self.share.first, self.share.stop)
         return np.random.default_rng((*self.seed, epoch)).permutation(rows)
 
-    def __call__(self, index: int, row: int) -> int:
+    def __call__(self, index: int, _row: int) -> int:
         epoch, position = divmod(index, self.share.stop - self.share.first)
         return int(self._permutation(epoch)[position])
 

@@ -75,18 +75,20 @@ class ChoiceRecord(Record):
 
 @dataclass(frozen=True)
 class PairsRecord(Record):
-    """An acceptable text and one that differs minimally and is not."""
+    """An acceptable text and one that differs minimally and is not, and what the difference tests if the row says."""
 
     good: str
     bad: str
+    task: str | None = None
 
 
 @dataclass(frozen=True)
 class ExactRecord(Record):
-    """A prompt and the only accepted answer."""
+    """A prompt and the only accepted answer, and the kind of question if the row says."""
 
     prompt: str
     answer: str
+    family: str | None = None
 
 
 def _describe(value: Any) -> str:
@@ -107,6 +109,10 @@ def _string(row: Mapping[str, Any], key: str) -> str:
     if not isinstance(row[key], str):
         raise FieldError(key, "must be a string", f", not {_describe(row[key])}")
     return row[key]
+
+
+def _optional_string(row: Mapping[str, Any], key: str) -> str | None:
+    return None if row.get(key) is None else _string(row, key)
 
 
 def _list(row: Mapping[str, Any], key: str) -> list[Any]:
@@ -165,8 +171,7 @@ def _rl(row: dict[str, Any], file: str, line: int) -> RLRecord:
             raise FieldError("conversations", "has no user turn to answer")
     else:
         raise FieldError("prompt", "is missing", " (and so is conversations)")
-    answer = None if row.get("answer") is None else _string(row, "answer")
-    return RLRecord(file, line, turns, answer, row.get("tools"))
+    return RLRecord(file, line, turns, _optional_string(row, "answer"), row.get("tools"))
 
 
 def _choice(row: dict[str, Any], file: str, line: int) -> ChoiceRecord:
@@ -184,11 +189,11 @@ def _choice(row: dict[str, Any], file: str, line: int) -> ChoiceRecord:
 
 
 def _pairs(row: dict[str, Any], file: str, line: int) -> PairsRecord:
-    return PairsRecord(file, line, _string(row, "good"), _string(row, "bad"))
+    return PairsRecord(file, line, _string(row, "good"), _string(row, "bad"), _optional_string(row, "task"))
 
 
 def _exact(row: dict[str, Any], file: str, line: int) -> ExactRecord:
-    return ExactRecord(file, line, _string(row, "prompt"), _string(row, "answer"))
+    return ExactRecord(file, line, _string(row, "prompt"), _string(row, "answer"), _optional_string(row, "family"))
 
 
 _PARSERS: dict[str, Callable[[dict[str, Any], str, int], Record]] = {

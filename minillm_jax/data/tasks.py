@@ -111,7 +111,7 @@ def _compare(rng: random.Random) -> Question:
 
 
 def _extreme(rng: random.Random) -> Question:
-    numbers = _numbers(rng, rng.randint(3, 4))
+    numbers = _numbers(rng, 3)
     largest = rng.random() < 0.5
     adjective = rng.choice(("largest", "biggest", "highest") if largest else ("smallest", "lowest"))
     answer = max(numbers) if largest else min(numbers)
@@ -130,29 +130,29 @@ def _next_number(rng: random.Random) -> Question:
 
 
 def _sort(rng: random.Random) -> Question:
-    numbers = _numbers(rng, rng.randint(3, 4), below=50)
+    numbers = _numbers(rng, 3, below=20)
     return Question(tuple(sorted(numbers)), _join(sorted(numbers)), {"numbers": _join(numbers)})
 
 
 def _reverse(rng: random.Random) -> Question:
-    word = _syllables(rng, 3, 5)
+    word = _syllables(rng, 3, 4)
     return Question((min(word, word[::-1]),), _spell(word[::-1]), {"word": _spell(word)})
 
 
 def _count_letter(rng: random.Random) -> Question:
     letters = rng.sample(CONSONANTS[:8] + VOWELS, 3)
-    word = "".join(rng.choice(letters) for _ in range(rng.randint(3, 6)))
+    word = "".join(rng.choice(letters) for _ in range(rng.randint(3, 5)))
     letter = rng.choice(letters)
     return Question((word, letter), str(word.count(letter)), {"word": _spell(word), "letter": letter})
 
 
 def _uppercase(rng: random.Random) -> Question:
-    word = _syllables(rng, 3, 6)
+    word = _syllables(rng, 3, 4)
     return Question((word,), _spell(word.upper()), {"word": _spell(word)})
 
 
 def _pick(rng: random.Random) -> Question:
-    words = _words(rng, 3, 5)
+    words = _words(rng, 3, 4)
     place = rng.randrange(4)
     answer = words[-1] if place == 3 else words[place]
     return Question(tuple(words), answer, {"words": _join(words), "place": ORDINALS[place]})
@@ -171,7 +171,7 @@ def _repeat(rng: random.Random) -> Question:
 
 
 def _contains(rng: random.Random) -> Question:
-    *words, other = _words(rng, 4, 6)
+    *words, other = _words(rng, 4, 5)
     there = rng.random() < 0.5
     word = rng.choice(words) if there else other
     return Question((word, *sorted(words)), "yes" if there else "no", {"words": _join(words), "word": word})
@@ -207,10 +207,10 @@ FAMILIES: dict[str, Family] = {
         (
             "Which number is {adjective}, {a} or {b}?",
             "Which is {adjective}: {a} or {b}?",
-            "Of {a} and {b}, which one is {adjective}?",
-            "Compare {a} and {b}. Which is {adjective}?",
+            "Tell me which one is {adjective}: {a} or {b}?",
+            "What is {adjective}, {a} or {b}?",
             "Tell me the {adjective} number: {a} or {b}.",
-            "Choose the {adjective} of {a} and {b}.",
+            "Choose the {adjective} one, {a} or {b}.",
         ),
     ),
     "extreme": Family(
@@ -219,9 +219,9 @@ FAMILIES: dict[str, Family] = {
             "What is the {adjective} of {numbers}?",
             "Find the {adjective} number: {numbers}",
             "Which of these is the {adjective}? {numbers}",
-            "Here are some numbers: {numbers}. Which is the {adjective}?",
+            "Here are three numbers. Which is the {adjective}? {numbers}",
             "Give me the {adjective} number among {numbers}.",
-            "Look at {numbers}. Name the {adjective} one.",
+            "Name the {adjective} one: {numbers}",
         ),
     ),
     "parity": Family(
@@ -231,18 +231,18 @@ FAMILIES: dict[str, Family] = {
             "Even or odd: {n}?",
             "Is the number {n} odd or even?",
             "Tell me whether {n} is even or odd.",
-            "{n}: even or odd?",
-            "Say even or odd for {n}.",
+            "Odd or even? {n}",
+            "Even or odd? The number is {n}.",
         ),
     ),
     "next_number": Family(
         _next_number,
         (
             "What comes next: {numbers}?",
-            "Continue: {numbers}, ?",
+            "Continue: {numbers}",
             "Which number follows {numbers}?",
             "What is the next number in {numbers}?",
-            "Here is a sequence: {numbers}. What is next?",
+            "What is next in this sequence? {numbers}",
             "Give the next number after {numbers}.",
         ),
     ),
@@ -250,21 +250,21 @@ FAMILIES: dict[str, Family] = {
         _sort,
         (
             "Sort these numbers: {numbers}",
-            "Put {numbers} in order.",
-            "Sort {numbers} from small to large.",
+            "Put in order: {numbers}",
+            "Sort from small to large: {numbers}",
             "Arrange from smallest to largest: {numbers}",
             "Please order the numbers {numbers}.",
-            "Write {numbers} in ascending order.",
+            "Write in ascending order: {numbers}",
         ),
     ),
     "reverse": Family(
         _reverse,
         (
             'Reverse "{word}".',
-            'Spell "{word}" backwards.',
-            'Write "{word}" in reverse.',
-            'What is "{word}" backwards?',
-            'Turn "{word}" around.',
+            'Spell backwards: "{word}"',
+            'Write in reverse: "{word}"',
+            'What is the reverse of "{word}"?',
+            'Turn around "{word}".',
             'Please reverse the letters: "{word}"',
         ),
     ),
@@ -274,19 +274,19 @@ FAMILIES: dict[str, Family] = {
             'How many {letter} are in "{word}"?',
             'Count the letter {letter} in "{word}".',
             'How often does {letter} appear in "{word}"?',
-            'In "{word}", how many times do you see {letter}?',
+            'How many times do you see {letter} in "{word}"?',
             'How many times is the letter {letter} in "{word}"?',
-            'Look at "{word}" and count every {letter}.',
+            'Count every {letter}: "{word}"',
         ),
     ),
     "uppercase": Family(
         _uppercase,
         (
-            'Write "{word}" in capital letters.',
-            'Make "{word}" uppercase.',
-            'Uppercase: "{word}"',
-            'Change "{word}" to capitals.',
-            'What is "{word}" in upper case?',
+            'Write in capital letters: "{word}"',
+            'Make uppercase: "{word}"',
+            'Uppercase "{word}".',
+            'Change to capitals: "{word}"',
+            'What is the upper case of "{word}"?',
             'Please capitalise every letter of "{word}".',
         ),
     ),
@@ -296,7 +296,7 @@ FAMILIES: dict[str, Family] = {
             "What is the {place} word: {words}?",
             "Name the {place} item of this list: {words}",
             "Which word is {place} in {words}?",
-            "Here is a list: {words}. What is the {place} one?",
+            "Here is a list. What is the {place} word? {words}",
             "Give me the {place} of {words}.",
             "Pick the {place} word from {words}.",
         ),
@@ -315,22 +315,22 @@ FAMILIES: dict[str, Family] = {
     "repeat": Family(
         _repeat,
         (
-            "Say {word} {times}.",
-            "Write the word {word} {times}.",
-            "Repeat {word} {times}.",
-            "Can you say {word} {times}?",
+            "Say {times}: {word}",
+            "Write this word {times}: {word}",
+            "Repeat {times}: {word}",
+            "Can you say this {times}? {word}",
+            "I want to read {times} the word {word}.",
             "{times}, please: {word}",
-            "I want to read {word} {times}.",
         ),
     ),
     "contains": Family(
         _contains,
         (
             "Is {word} in this list: {words}?",
-            "Does the list {words} contain {word}?",
-            "Look for {word} in {words}. Is it there?",
-            "Here are some words: {words}. Is {word} one of them?",
-            "{words}: do you see {word}?",
+            "Do you see {word} in {words}?",
+            "Look for {word}. Is it there? {words}",
+            "Is {word} one of these words? {words}",
+            "Can you find {word} in {words}?",
             "Yes or no: is {word} among {words}?",
         ),
     ),

@@ -1,0 +1,61 @@
+"""The import rules of the house: arrows point one way, and code that needs no accelerator imports none."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "minillm_jax"
+RANK = {
+    0: "config",
+    1: "tokenizer chat data",
+    2: "cache sharding flops",
+    3: "attention moe",
+    4: "model",
+    5: "lora losses optim sampling metrics",
+    6: "checkpoint_files sampler hf",
+    7: "checkpoint",
+    8: "trainer lm",
+    9: "scoring run",
+}
+RANK_OF = {name: rank for rank, names in RANK.items() for name in names.split()}
+WITHOUT_JAX = {"config", "tokenizer", "chat", "data"}
+FILES = [p for folder in ("minillm_jax", "train", "rl", "serve") for p in (ROOT / folder).rglob("*.py")]
+
+
+def imports(path):
+    """Absolute module names that a file imports anywhere, type-checking blocks aside."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def part(module):
+    """`minillm_jax.data.loader` → `data`."""
+    return module.split(".")[1] if module.count(".") else None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    package, *rest = path.relative_to(ROOT).with_suffix("").parts
+    found = list(imports(path))
+    if package != "minillm_jax":
+        others = {"train", "rl", "serve"} - {package}
+        assert not [m for m in found if m.split(".")[0] in others]
+        if package == "serve" and rest[0] in ("api", "schemas"):
+            assert not [m for m in found if m.split(".")[0] == "jax"]
+        return
+    assert not [m for m in found if m.split(".")[0] in ("train", "rl", "serve")]
+    if rest[0] == "__init__":
+        return
+    here = rest[0]
+    assert here in RANK_OF, f"give minillm_jax/{here} a place in RANK"
+    for module in found:
+        if module.split(".")[0] == "minillm_jax" and (there := part(module)) not in (None, here):
+            assert RANK_OF[there] < RANK_OF[here] or {here, there} <= set(RANK[1].split()), f"{here} imports {there}"
+        if here in WITHOUT_JAX:
+            assert module.split(".")[0] not in ("jax", "flax", "optax"), f"{here} imports {module}"

@@ -1,0 +1,195 @@
+"""The whole chain on built-in data, in one command: tokenizer → pretrain → SFT → evaluation → report.
+
+    make demo            # or: python -m train.demo --out_dir out/demo
+
+Every step runs the same command that a person would type, and prints it. A step that was finished before is not done
+again, so an interrupted demo goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from minillm_jax.chat import render
+from minillm_jax.config import parse_cli
+from minillm_jax.data import builtin
+from minillm_jax.lm import generate, load
+from minillm_jax.run import setup_jax, user_errors
+from minillm_jax.sampling import SamplingParams
+from train.demo_report import StepRecord, write_report
+
+CONSOLE = Console(highlight=False)
+LIVE_QUESTIONS = (
+    "Hello!",
+    "What is 17 + 5?",
+    "Which is larger: 41 or 14?",
+    "Sort these numbers: 9, 2, 14",
+    "What is the last word: apple, moon, tree",
+    'Spell backwards: "t-a-r"',
+)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Settings of the demo."""
+
+    out_dir: str = "out/demo"
+    """Where data, runs and the report go."""
+    seed: int = 0
+    """Seed of data and training."""
+    questions: int = 1400
+    """Held-out questions."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the demo is on one kind of machine."""
+
+    shape: tuple[str, ...]
+    pretrain: tuple[str, ...]
+    sft: tuple[str, ...]
+    conversations: int
+    vocab_size: int
+
+
+CPU = Scale(
+    shape=("--hidden_size", "128", "--num_hidden_layers", "4", "--num_attention_heads", "4"),
+    pretrain=("--steps", "300", "--batch_size", "8", "--max_seq_len", "256"),
+    sft=("--steps", "2000", "--batch_size", "4", "--max_seq_len", "256"),
+    conversations=60_000,
+    vocab_size=2048,
+)
+ACCELERATOR = Scale(
+    shape=(),
+    pretrain=("--steps", "1500", "--batch_size", "64", "--max_seq_len", "512"),
+    sft=("--steps", "3000", "--batch_size", "32", "--max_seq_len", "256"),
+    conversations=400_000,
+    vocab_size=6400,
+)
+
+
+@dataclass
+class Demo:
+    """The chain: runs commands, keeps what each took and said."""
+
+    config: DemoConfig
+    scale: Scale
+    steps: list[StepRecord] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return Path(self.config.out_dir)
+
+    def run(self, title: str, module: str, *flags: str, produces: Path | None = None) -> dict[str, Any]:
+        """Run one stage as a person would; returns the JSON object that it printed last, if it did.
+
+        Raises:
+            SystemExit: the stage failed; its own message is on the screen.
+        """
+        command = ["python", "-m", module, *flags]
+        CONSOLE.rule(f"[bold]{title}")
+        CONSOLE.print("$ " + shlex.join(command), style="dim", soft_wrap=True)
+        began = time.perf_counter()
+        capture = produces is None
+        done = subprocess.run([sys.executable, *command[1:]], stdout=subprocess.PIPE if capture else None, text=True)
+        if done.returncode:
+            sys.exit(done.returncode)
+        self.steps.append(StepRecord(title, shlex.join(command), time.perf_counter() - began, produces))
+        return json.loads(done.stdout.splitlines()[-1]) if capture else {}
+
+    def prepare_data(self) -> None:
+        """Write the built-in data: documentation for pretraining, conversations for SFT, held-out questions."""
+        CONSOLE.rule("[bold]built-in data")
+        began = time.perf_counter()
+        size = builtin.write_pretrain(self.folder / "pretrain.jsonl", seed=self.config.seed)
+        builtin.write_sft(self.folder / "sft.jsonl", self.scale.conversations, self.config.seed)
+        builtin.write_eval(self.folder / "heldout.jsonl", self.config.questions, self.config.seed)
+        CONSOLE.print(
+            f"{size / 1e6:.1f} MB of Python documentation and exercises, {self.scale.conversations:,} conversations, "
+            f"{self.config.questions:,} held-out questions that no conversation contains"
+        )
+        self.steps.append(StepRecord("built-in data", "", time.perf_counter() - began, None))
+
+    def evaluate(self, title: str, model: str) -> dict[str, Any]:
+        """Exact match on the held-out questions."""
+        result = self.run(
+            title, "train.evaluate", "--model_path", str(self.folder / model),
+            "--data_path", str(self.folder / "heldout.jsonl"), "--task", "exact", "--max_new_tokens", "24",
+        )  # fmt: skip
+        CONSOLE.print(f"exact match: [bold]{result['accuracy']:.1%}[/] of {self.config.questions:,} held-out questions")
+        return result
+
+    def chain(self) -> None:
+        """Run everything."""
+        folder, scale, seed = self.folder, self.scale, str(self.config.seed)
+        self.prepare_data()
+        self.run(
+            "tokenizer", "train.tokenizer", "--data_path", str(folder / "pretrain.jsonl"), str(folder / "sft.jsonl"),
+            "--vocab_size", str(scale.vocab_size), "--out_dir", str(folder / "tokenizer"), produces=folder / "tokenizer",
+        )  # fmt: skip
+        self.run(
+            "pretrain", "train.pretrain", "--data_path", str(folder / "pretrain.jsonl"),
+            "--tokenizer_path", str(folder / "tokenizer"), "--out_dir", str(folder / "pretrain"),
+            *scale.shape, *scale.pretrain, "--seed", seed, produces=folder / "pretrain",
+        )  # fmt: skip
+        before = self.evaluate("evaluation before SFT", "pretrain")
+        self.run(
+            "SFT", "train.sft", "--data_path", str(folder / "sft.jsonl"), "--model_path", str(folder / "pretrain"),
+            "--out_dir", str(folder / "sft"), *scale.sft, "--seed", seed, produces=folder / "sft",
+        )  # fmt: skip
+        after = self.evaluate("evaluation after SFT", "sft")
+        CONSOLE.rule("[bold]a few live answers")
+        answers = live_answers(folder / "sft")
+        for question, answer in answers:
+            CONSOLE.print(f"[bold]you[/]    {question}\n[bold cyan]model[/]  {answer}", soft_wrap=True)
+        report = write_report(folder, self.steps, before, after, answers)
+        CONSOLE.rule("[bold]done")
+        CONSOLE.print(
+            f"exact match on held-out questions: {before['accuracy']:.1%} before SFT, "
+            f"[bold green]{after['accuracy']:.1%}[/] after\nreport: {report}\n"
+            f"chat with it: {chat_command(folder)}",
+            soft_wrap=True,
+        )
+
+
+def chat_command(folder: Path) -> str:
+    """The command to talk to the model."""
+    python = Path(sys.executable)
+    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return f"{shown} -m serve.chat --model_path {folder / 'sft'}"
+
+
+def live_answers(model: Path) -> list[tuple[str, str]]:
+    """Ask the model a few questions, greedily."""
+    lm = load(model)
+    prompts = [
+        render(lm.tokenizer, [{"role": "user", "content": q}], add_generation_prompt=True).token_ids
+        for q in LIVE_QUESTIONS
+    ]
+    completions = generate(lm, prompts, SamplingParams(max_new_tokens=32, temperature=0.0))
+    return [(q, c.text.strip()) for q, c in zip(LIVE_QUESTIONS, completions, strict=True)]
+
+
+def main() -> int:
+    """Run the demo; returns the exit status."""
+    with user_errors():
+        config = parse_cli(DemoConfig, str(__doc__))
+        setup_jax()
+        on_cpu = jax.default_backend() == "cpu"
+        Demo(config, CPU if on_cpu else ACCELERATOR).chain()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

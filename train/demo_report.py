@@ -1,0 +1,102 @@
+"""What the demo leaves behind: `report.md` and one picture of how the model learnt.
+
+Records of the steps and two evaluations go in; the two files come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minillm_jax.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished step of the chain: its title, command, seconds, and the run folder that it made."""
+
+    title: str
+    command: str
+    seconds: float
+    folder: Path | None
+
+
+def write_report(
+    folder: Path,
+    steps: Sequence[StepRecord],
+    before: dict[str, Any],
+    after: dict[str, Any],
+    answers: Sequence[tuple[str, str]],
+) -> Path:
+    """Write `report.md` and `report.png` into `folder`; returns the path of the report."""
+    _draw(folder, before, after)
+    lines = [
+        "# From raw text to a chat model",
+        "",
+        f"Exact match on {after['rows']:,} held-out questions: **{before['accuracy']:.1%}** before SFT, "
+        f"**{after['accuracy']:.1%}** after.",
+        "",
+        "![loss and accuracy](report.png)",
+        "",
+        "| Step | Seconds | Steps | Final loss | Held-out loss | Tokens/s |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [_step_row(step) for step in steps]
+    lines += ["", f"All steps: {sum(s.seconds for s in steps):.0f} seconds.", "", "## By kind of question", ""]
+    lines += ["| Kind | Before SFT | After SFT |", "|---|---:|---:|"]
+    lines += [
+        f"| {family} | {before['by_family'][family]:.1%} | {accuracy:.1%} |"
+        for family, accuracy in after["by_family"].items()
+    ]
+    lines += ["", "## A few answers", "", "```"]
+    for question, answer in answers:
+        lines += [f"you    {question}", f"model  {answer}"]
+    lines += ["```", "", "## Commands", "", "```", *(step.command for step in steps if step.command), "```", ""]
+    path = folder / "report.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def _last(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
+
+
+def _step_row(step: StepRecord) -> str:
+    rows = read_metrics(step.folder) if step.folder is not None and (step.folder / "metrics.jsonl").exists() else []
+    cells = [
+        f"{_last(rows, 'step'):,}" if rows else "",
+        *("" if (value := _last(rows, name)) is None else f"{value:.3f}" for name in ("loss", "valid_loss")),
+        "" if (rate := _last(rows, "tokens_per_second")) is None else f"{rate:,.0f}",
+    ]
+    return f"| {step.title} | {step.seconds:.0f} | {' | '.join(cells)} |"
+
+
+def _draw(folder: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (loss_axes, bar_axes) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    start = 0
+    for run, colour in (("pretrain", "#0072B2"), ("sft", "#D55E00")):
+        rows = read_metrics(folder / run)
+        for name, style in (("loss", "-"), ("valid_loss", "o")):
+            points = [(start + row["step"], row[name]) for row in rows if row.get(name) is not None]
+            label = f"{run}{' (held out)' if name == 'valid_loss' else ''}"
+            loss_axes.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=1, markersize=4)
+        start += rows[-1]["step"]
+    loss_axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="Learning")
+    loss_axes.legend(frameon=False)
+    families = list(after["by_family"])
+    positions = range(len(families))
+    bar_axes.barh([p + 0.2 for p in positions], [after["by_family"][f] for f in families], 0.4, color="#D55E00")
+    bar_axes.barh([p - 0.2 for p in positions], [before["by_family"][f] for f in families], 0.4, color="#0072B2")
+    bar_axes.set_yticks(list(positions), families)
+    bar_axes.set(xlim=(0, 1), xlabel="exact match", title="Held-out questions: before SFT (blue), after (orange)")
+    for axes in (loss_axes, bar_axes):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "report.png", dpi=110)
+    plt.close(figure)
