@@ -2,8 +2,8 @@
 
 A query sees a key when both belong to the same non-zero segment and the key's position is not later. Implementations
 differ in speed only. The `xla` one works on blocks of queries and recomputes their probabilities in the backward pass
-(FlashAttention, arXiv:2205.14135), so that the scores of a long row never exist at once; without a cache, keys to the right of a
-block are not read at all.
+(FlashAttention, arXiv:2205.14135), so that the scores of a long row never exist at once; without a cache, keys to the
+right of a block are not read at all.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 QUERY_BLOCK = 128
+CHECKPOINT_NAME = "attention"
+"""What attention saves for its backward pass bears this name, so that rematerialisation can keep it."""
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Score of a hidden key. Finite, so that a row of padding averages its keys instead of giving NaN."""
 
@@ -43,7 +46,8 @@ def attention(
         kv_positions: `[B, S]` position of each key.
         q_segment_ids: `[B, T]` segment of each query, 0 for padding.
         kv_segment_ids: `[B, S]` segment of each key, 0 for padding and empty cache slots.
-        causal_layout: S equals T and no query needs a key of a later index: true for rows of tokens, false with a cache.
+        causal_layout: S equals T and no query needs a key of a later index: true for rows of tokens, false with a
+            cache.
         impl: `auto` or `xla`.
 
     Returns:
@@ -77,9 +81,7 @@ def _scores(
 ) -> jax.Array:
     """Masked float32 scores `[B, K, G * t, s]` of stacked queries `[B, K, G * t, H]` and keys `[B, K, s, H]`."""
     visible = (
-        (q_seg[:, :, None] == k_seg[:, None, :])
-        & (k_pos[:, None, :] <= q_pos[:, :, None])
-        & (k_seg[:, None, :] > 0)
+        (q_seg[:, :, None] == k_seg[:, None, :]) & (k_pos[:, None, :] <= q_pos[:, :, None]) & (k_seg[:, None, :] > 0)
     )  # [B, t, s]
     batch, length, keys = visible.shape
     visible = jnp.broadcast_to(visible[:, None, None], (batch, 1, per_head, length, keys))
@@ -114,8 +116,8 @@ def _xla_fwd(
         total = weights.sum(-1, keepdims=True)
         out = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v[:, :, keys], preferred_element_type=jnp.float32)
         outputs.append((out / total).astype(q.dtype).reshape(batch, groups, per_head, -1, size))
-        partitions.append(top + jnp.log(total))
-    out = jnp.concatenate(outputs, axis=3)
+        partitions.append(checkpoint_name(top + jnp.log(total), CHECKPOINT_NAME))
+    out = checkpoint_name(jnp.concatenate(outputs, axis=3), CHECKPOINT_NAME)
     return out, (q, k, v, q_pos, k_pos, q_seg, k_seg, out, partitions)
 
 

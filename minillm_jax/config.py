@@ -144,7 +144,8 @@ class ModelConfig:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ConfigError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts ({self.num_experts})"
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and "
+                f"num_experts ({self.num_experts})"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must lie in [0, 1), not {self.dropout}")
@@ -202,8 +203,9 @@ class ComputeConfig:
     """Activations; auto is float32 on CPU and bfloat16 on accelerators. Parameters stay float32 while training."""
     attention_impl: Literal["auto", "xla"] = "auto"
     """Attention implementation; auto picks by device, dtype and shape."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
+    """What the backward pass recomputes: nothing, all but matrix products and attention, or whole layers; auto is
+    dots on CPU and none elsewhere."""
     unroll: int = 1
     """Layers per iteration of the layer scan; more is faster to run and slower to compile."""
 
@@ -380,11 +382,18 @@ def parse_cli(
         config=(tyro.conf.OmitArgPrefixes,),
     )
     if fixed is not None:
-        _refuse_contradictions(fixed, config.model, str(path))  # type: ignore[attr-defined]
+        _refuse_contradictions(fixed, config.model, str(path))
     return config
 
 
-FREE_MODEL_FIELDS = ("dropout", "rope_scaling", "max_position_embeddings", "router_aux_loss_coef", "seq_aux", "router_z_loss_coef")
+FREE_MODEL_FIELDS = (
+    "dropout",
+    "rope_scaling",
+    "max_position_embeddings",
+    "router_aux_loss_coef",
+    "seq_aux",
+    "router_z_loss_coef",
+)
 """Model fields that may differ from the checkpoint's: they leave its weights as they are."""
 
 
@@ -392,4 +401,6 @@ def _refuse_contradictions(saved: ModelConfig, asked: ModelConfig, path: str) ->
     for f in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(asked, f.name), getattr(saved, f.name)
         if ours != theirs and f.name not in FREE_MODEL_FIELDS:
-            raise ConfigError(f"--{f.name} {ours} contradicts {path}, which was trained with {theirs}; leave the flag out")
+            raise ConfigError(
+                f"--{f.name} {ours} contradicts {path}, which was trained with {theirs}; leave the flag out"
+            )

@@ -1,7 +1,7 @@
 """Token log-probabilities, cross-entropy and masked reductions.
 
-Every loss keeps its sum and its weight apart, `(loss_sum, (weight, metrics))`, with metrics as `(sum, weight)` pairs, so that
-adding micro-batches or shards and dividing once at the end gives exactly the loss of the whole batch.
+Every loss keeps its sum and its weight apart, `(loss_sum, (weight, metrics))`, with metrics as `(sum, weight)` pairs,
+so that adding micro-batches or shards and dividing once at the end gives exactly the loss of the whole batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def logprobs_from_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
     Returns:
         `[...]` float32.
     """
-    # A comparison fuses with the reduction, forward and backward; a gather would scatter into all logits on the way back.
+    # A comparison fuses with the reduction both ways; a gather would scatter into all logits on the way back.
     hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
     chosen = jnp.where(hit, logits, 0.0).sum(-1)
     return chosen - jax.nn.logsumexp(logits, axis=-1)
@@ -78,8 +78,8 @@ def masked_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
 def language_model_loss(config: ModelConfig, compute: ComputeConfig) -> LossFn:
     """Make the next-token loss of pretraining and SFT: weighted cross-entropy plus the router's auxiliary loss.
 
-    The batch holds `tokens targets weights segment_ids positions`, each `[B, T]`. Both terms are per token and share the
-    loss weights.
+    The batch holds `tokens targets weights segment_ids positions`, each `[B, T]`. Both terms are per token and share
+    the loss weights.
     """
 
     def loss_fn(

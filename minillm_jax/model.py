@@ -1,10 +1,12 @@
 """The transformer: a pre-norm decoder in the Llama family, dense or with experts, as a pure function.
 
-Tokens, positions and segments go in; hidden states, the cache and what routing has to say come out. Layers are scanned, so
-compile time does not grow with depth, and every parameter names its axes for `sharding.RULES`. Flax stays inside this
+Tokens, positions and segments go in; hidden states, the cache and what routing has to say come out. Layers are
+scanned, so compile time does not grow with depth, and every parameter names its axes for `sharding.RULES`. Flax stays
+inside this
 file: the functions at its end are what the rest of the house calls.
 
-Axes: B batch, T query time, S key time, N heads, K key-value heads, H head size, D model, F hidden, V vocabulary, E experts.
+Axes: B batch, T query time, S key time, N heads, K key-value heads, H head size, D model, F hidden, V vocabulary, E
+    experts.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from minillm_jax.attention import attention
+from minillm_jax.attention import CHECKPOINT_NAME, attention
 from minillm_jax.cache import KVCache, write_layer, write_slots
-from minillm_jax.config import ComputeConfig, ModelConfig, RopeScaling
+from minillm_jax.config import ComputeConfig, ModelConfig
+from minillm_jax.matmul import matmul
 from minillm_jax.moe import auxiliary_loss, moe_mlp, route
+from minillm_jax.rope import rope_tables, rotate
 from minillm_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -37,7 +40,8 @@ class ModelOutput:
     Attributes:
         hidden: `[B, T, D]` final hidden states, normalised; `unembed` turns them into logits.
         cache: the cache with this call's tokens written, or None.
-        router_loss: `[B, T]` float32 auxiliary loss per token, summed over layers, coefficients included; None if dense.
+        router_loss: `[B, T]` float32 auxiliary loss per token, summed over layers, coefficients included; None if
+            dense.
         expert_load: `[L, E]` share of assignments per expert; None if dense.
     """
 
@@ -45,58 +49,6 @@ class ModelOutput:
     cache: KVCache | None
     router_loss: jax.Array | None
     expert_load: jax.Array | None
-
-
-def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Rotary frequencies `[H/2]` in radians per token, and the factor on cos and sin.
-
-    Plain RoPE (arXiv:2104.09864), or rescaled as `config.rope_scaling` says.
-    """
-    size = config.head_size
-    frequencies = config.rope_theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies.astype(np.float32), 1.0
-    if scaling.rope_type == "linear":
-        return (frequencies / scaling.factor).astype(np.float32), 1.0
-    if scaling.rope_type == "llama3":
-        return _llama3_frequencies(frequencies, scaling).astype(np.float32), 1.0
-    attention_factor = scaling.attention_factor
-    if attention_factor is None:
-        attention_factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-    return _yarn_frequencies(frequencies, scaling, size, config.rope_theta).astype(np.float32), attention_factor
-
-
-def _yarn_frequencies(frequencies: np.ndarray, scaling: RopeScaling, size: int, theta: float) -> np.ndarray:
-    def dimension(rotations: float) -> float:
-        """Index of the dimension that turns this often within the original context."""
-        wavelength = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return size * math.log(wavelength) / (2 * math.log(theta))
-
-    low = max(math.floor(dimension(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension(scaling.beta_slow)), size - 1)
-    ramp = np.clip((np.arange(size // 2) - low) / max(high - low, 1e-3), 0, 1)
-    return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
-
-
-def _llama3_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = np.clip(blend, 0, 1)
-    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
-
-
-def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines `[B, T, 1, H/2]` float32 for `[B, T]` positions."""
-    frequencies, factor = rope_frequencies(config)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate `[B, T, N, H]` heads; element i is paired with i + H/2, as in Llama checkpoints."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -156,7 +108,7 @@ class Linear(nn.Module):
         """Multiply the last axis."""
         init = _named(nn.initializers.normal(self.stddev), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        y = x @ kernel.astype(x.dtype)
+        y = matmul(x, kernel.astype(x.dtype))
         if self.use_bias:
             zeros = _named(nn.initializers.zeros_init(), (self.axes[1],))
             y = y + self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
@@ -257,7 +209,8 @@ class MoE(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         logits = Linear(c.num_experts, ("embed", "norm"), c.initializer_range, name="router")(flat.astype(jnp.float32))
         routing = route(logits, c)
-        y = moe_mlp(flat, *Experts(c, name="experts")(x.dtype), routing).reshape(x.shape)
+        gate, up, down = Experts(c, name="experts")(x.dtype)
+        y = moe_mlp(flat, gate, up, down, routing).reshape(x.shape)
         if c.n_shared_experts:
             y = y + MLP(c.n_shared_experts * c.expert_size, c, name="shared")(x)
         loss, load = auxiliary_loss(routing, segment_ids, c)
@@ -307,7 +260,10 @@ class Block(nn.Module):
 
 
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -340,8 +296,11 @@ class Transformer(nn.Module):
             start,
         )  # fmt: skip
         block = Block
-        if self.compute.remat != "none":
-            block = nn.remat(Block, policy=_REMAT_POLICIES[self.compute.remat], prevent_cse=False)
+        remat = self.compute.remat
+        if remat == "auto":  # on CPU, reading a saved activation costs more than computing it again
+            remat = "dots" if jax.default_backend() == "cpu" else "none"
+        if remat != "none":
+            block = nn.remat(Block, policy=_REMAT_POLICIES[remat], prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -390,7 +349,7 @@ def _init_boxed(config: ModelConfig, key: jax.Array) -> Any:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Draw float32 parameters: normal with `initializer_range`, smaller where they write to the residual stream (GPT-2)."""
+    """Draw float32 parameters: normal, with smaller deviation where they write to the residual stream (GPT-2)."""
     return nn.meta.unbox(_init_boxed(config, key))
 
 
@@ -445,11 +404,9 @@ def forward_hidden(
 
 def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Turn hidden states `[..., D]` into float32 logits `[..., V]`."""
-    if config.tie_word_embeddings:
-        table = params["embed_tokens"]["embedding"].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-    head = params["lm_head"]["kernel"].astype(hidden.dtype)
-    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+    tied = config.tie_word_embeddings
+    head = params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"]
+    return matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
@@ -462,7 +419,5 @@ def forward(
     compute: ComputeConfig = ComputeConfig(),
 ) -> jax.Array:
     """Logits `[B, T, V]` float32 of `[B, T]` tokens; arguments as in `forward_hidden`."""
-    output = forward_hidden(
-        params, config, tokens, positions=positions, segment_ids=segment_ids, compute=compute
-    )
+    output = forward_hidden(params, config, tokens, positions=positions, segment_ids=segment_ids, compute=compute)
     return unembed(params, config, output.hidden)

@@ -1,7 +1,7 @@
 """Mixture of experts without dropped tokens: route, sort by expert, one grouped product per projection, combine.
 
-The grouped product has one signature and several implementations. On CPU the rows of each expert are padded to whole
-blocks and a loop runs over the blocks in use, so that the work is that of the tokens and not E times as much.
+Router logits go in, each token's experts and weights come out; tokens and weights go in, outputs come out. The
+balancing loss is returned per token, never stored on the side.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from minillm_jax.config import ModelConfig
-
-BLOCK = 128
+from minillm_jax.matmul import grouped_matmul
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +35,7 @@ class Routing:
 
 
 def route(logits: jax.Array, config: ModelConfig) -> Routing:
-    """Choose experts from `[M, E]` router logits: top-k of softmax (Switch, Mixtral) or sigmoid (DeepSeek-V3) scores."""
+    """Choose experts from `[M, E]` router logits: top-k of softmax (Mixtral) or sigmoid (DeepSeek-V3) scores."""
     logits = logits.astype(jnp.float32)
     if config.scoring_func == "softmax":
         scores = jax.nn.softmax(logits, axis=-1)
@@ -53,10 +52,10 @@ def route(logits: jax.Array, config: ModelConfig) -> Routing:
 def auxiliary_loss(routing: Routing, segment_ids: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Load-balancing loss and router z-loss, spread over tokens.
 
-    The balancing loss of a group of tokens is `E * sum_e f_e P_e` with `f_e` the share of assignments and `P_e` the mean
-    score of expert e. A group is one segment (`seq_aux`, DeepSeek-V2, arXiv:2405.04434) or the whole batch (Switch,
-    arXiv:2101.03961). Each token carries its group's loss, so that weighting tokens and summing is exact for packed rows and
-    for accumulated micro-batches.
+    The balancing loss of a group of tokens is `E * sum_e f_e P_e` with `f_e` the share of assignments and `P_e` the
+    mean score of expert e. A group is one segment (`seq_aux`, DeepSeek-V2, arXiv:2405.04434) or the whole batch
+    (Switch, arXiv:2101.03961). Each token carries its group's loss, so that weighting tokens and summing is exact for
+    packed rows and for accumulated micro-batches.
 
     Args:
         routing: of the M = B * T tokens of a batch.
@@ -142,97 +141,3 @@ def _unsort_bwd(order: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None]:
 
 
 _unsort.defvjp(_unsort_fwd, _unsort_bwd)
-
-
-def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Multiply consecutive groups of rows by one matrix each.
-
-    Args:
-        x: `[M, D]` rows, group after group.
-        w: `[E, D, F]`, one matrix a group.
-        sizes: `[E]` ints that sum to M.
-
-    Returns:
-        `[M, F]`, row i being `x[i] @ w[group of i]`.
-    """
-    if jax.default_backend() == "cpu":
-        return _blocked_matmul(x, w, sizes)
-    return jax.lax.ragged_dot(x, w, sizes.astype(jnp.int32))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Blocks:
-    """Layout in which every group starts on a block boundary."""
-
-    source: jax.Array  # [P] row that fills each padded slot
-    filled: jax.Array  # [P] whether it is a row at all
-    target: jax.Array  # [M] padded slot of each row
-    group: jax.Array  # [P / BLOCK] group of each block
-    used: jax.Array  # scalar, blocks in use
-
-
-def _layout(rows: int, sizes: jax.Array) -> _Blocks:
-    groups = sizes.shape[0]
-    blocks = -(-rows // BLOCK) + groups  # no layout needs more
-    blocks_of = -(-sizes // BLOCK)
-    first_block = jnp.cumsum(blocks_of) - blocks_of
-    first_row = jnp.cumsum(sizes) - sizes
-    group = jnp.minimum(jnp.searchsorted(jnp.cumsum(blocks_of), jnp.arange(blocks), side="right"), groups - 1)
-    slot = jnp.arange(blocks * BLOCK)
-    slot_group = jnp.repeat(group, BLOCK)
-    within = slot - first_block[slot_group] * BLOCK
-    row_group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
-    return _Blocks(
-        source=jnp.clip(first_row[slot_group] + within, 0, rows - 1),
-        filled=within < sizes[slot_group],
-        target=first_block[row_group] * BLOCK + jnp.arange(rows) - first_row[row_group],
-        group=group,
-        used=blocks_of.sum(),
-    )
-
-
-def _pad(x: jax.Array, layout: _Blocks) -> jax.Array:
-    padded = jnp.where(layout.filled[:, None], x[layout.source], 0)
-    return padded.reshape(-1, BLOCK, x.shape[-1])  # [P / BLOCK, BLOCK, D]
-
-
-def _multiply(x: jax.Array, w: jax.Array, layout: _Blocks, transpose: bool) -> jax.Array:
-    """Rows times their group's matrix, or its transpose, a block at a time."""
-    padded = _pad(x, layout)
-    width = w.shape[1 if transpose else 2]
-
-    def body(i: jax.Array, out: jax.Array) -> jax.Array:
-        matrix = w[layout.group[i]]
-        return out.at[i].set(padded[i] @ (matrix.T if transpose else matrix))
-
-    out = jax.lax.fori_loop(0, layout.used, body, jnp.zeros((*padded.shape[:2], width), x.dtype))
-    return out.reshape(-1, width)[layout.target]
-
-
-@jax.custom_vjp
-def _blocked_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _multiply(x, w, _layout(x.shape[0], sizes), transpose=False)
-
-
-def _blocked_fwd(
-    x: jax.Array, w: jax.Array, sizes: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _blocked_matmul(x, w, sizes), (x, w, sizes)
-
-
-def _blocked_bwd(
-    residuals: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    x, w, sizes = residuals
-    layout = _layout(x.shape[0], sizes)
-    rows, grads = _pad(x, layout), _pad(g, layout)
-
-    def body(i: jax.Array, dw: jax.Array) -> jax.Array:
-        return dw.at[layout.group[i]].add(rows[i].T @ grads[i])
-
-    dw = jax.lax.fori_loop(0, layout.used, body, jnp.zeros_like(w))
-    return _multiply(g, w, layout, transpose=True), dw, None
-
-
-_blocked_matmul.defvjp(_blocked_fwd, _blocked_bwd)

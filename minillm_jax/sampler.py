@@ -1,8 +1,8 @@
 """Generation: prefill the prompts, then decode in jitted chunks of several steps over an explicit cache.
 
 Prompts of different lengths share a batch: they are padded on the right to a common bucket, and generated tokens follow
-in common cache slots; positions and segments keep the padding invisible. Each row draws from a random key of its own, so
-a prompt gives the same completion alone and among others.
+in common cache slots; positions and segments keep the padding invisible. Each row draws from a random key of its own,
+so a prompt gives the same completion alone and among others.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def decode_stream(
     chunks = -(-budget // chunk)
     state = prefill(
         params, config, tokens, lengths, keys,
-        cache_length=width + bucket(chunks * chunk),
+        cache_length=bucket(width + chunks * chunk),  # shared by prompt widths, so decoding is compiled less often
         track_seen=sampling.repetition_penalty != 1.0,
         compute=compute,
     )  # fmt: skip

@@ -13,6 +13,8 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from minillm_jax.config import ConfigError
+
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 RULES: dict[str, tuple[str, ...]] = {
@@ -37,22 +39,24 @@ def make_mesh(spec: str = "data=-1", devices: list[jax.Device] | None = None) ->
         devices: devices to use; None takes all.
 
     Raises:
-        ValueError: unknown axis, or sizes whose product is not the number of devices.
+        ConfigError: unknown axis, or sizes whose product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dict.fromkeys(MESH_AXES, 1)
     for part in filter(None, (p.strip() for p in spec.split(","))):
         axis, _, size = part.partition("=")
         if axis not in sizes or not size.lstrip("-").isdigit():
-            raise ValueError(f"--mesh {spec}: cannot read {part!r}; write axis=size with axis in {', '.join(MESH_AXES)}")
+            raise ConfigError(
+                f"--mesh {spec}: cannot read {part!r}; write axis=size with axis in {', '.join(MESH_AXES)}"
+            )
         sizes[axis] = int(size)
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"--mesh {spec}: sizes are positive, and only one may be -1")
+        raise ConfigError(f"--mesh {spec}: sizes are positive, and only one may be -1")
     if free:
         sizes[free[0]] = max(1, len(devices) // -math.prod(sizes.values()))
     if math.prod(sizes.values()) != len(devices):
-        raise ValueError(
+        raise ConfigError(
             f"--mesh {spec}: the sizes multiply to {math.prod(sizes.values())}, but there are {len(devices)} devices"
         )
     return jax.make_mesh(
@@ -89,9 +93,7 @@ def data_parallelism(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def optimizer_shardings(
-    mesh: Mesh, optimizer: optax.GradientTransformation, params: Any, param_shardings: Any
-) -> Any:
+def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, params: Any, param_shardings: Any) -> Any:
     """Shardings of the optimizer state: moments lie where their parameter lies, counters everywhere.
 
     Args:
@@ -104,8 +106,9 @@ def optimizer_shardings(
     replicated = NamedSharding(mesh, PartitionSpec())
     return optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
         state,
         param_shardings,
         transform_non_params=lambda _: replicated,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )

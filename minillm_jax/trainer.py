@@ -1,8 +1,8 @@
 """The training step and the training loop, the same for every stage.
 
 A stage brings a loss function and rows; `train` owns the rest: the sharded state, resuming, logging, validation,
-checkpoints and a clean exit on Ctrl-C. The step is one pure, donated, jitted function; what it measured is read one step
-late, so that the device never waits for the host.
+checkpoints and a clean exit on Ctrl-C. The step is one pure, donated, jitted function; what it measured is read one
+step late, so that the device never waits for the host.
 """
 
 from __future__ import annotations
@@ -92,8 +92,10 @@ def make_train_step(
 ) -> TrainStep:
     """Make the pure step `(state, frozen, batch) -> (state, metrics)`.
 
-    A step whose gradient is not finite changes nothing but the step count and the key; its metric `skipped` is 1. Metrics are
-    scalars: the loss function's means, `grad_norm` before clipping, `learning_rate`, `tokens` (trained weight), `skipped`.
+    A step whose gradient is not finite changes nothing but the step count and the key; its metric `skipped` is 1.
+    Metrics are
+    scalars: the loss function's means, `grad_norm` before clipping, `learning_rate`, `tokens` (trained weight),
+        `skipped`.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -104,9 +106,6 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         grad_norm = global_norm(grads)
         finite = jnp.isfinite(grad_norm)
-        updates, new_opt_state = optimizer.update(grads, opt_state, params)
-        new_params = optax.apply_updates(params, updates)
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         metrics = {name: total / jnp.maximum(count, 1e-8) for name, (total, count) in sums.items()}
         metrics |= {
             "grad_norm": grad_norm,
@@ -114,12 +113,14 @@ def make_train_step(
             "tokens": weight,
             "skipped": 1.0 - finite,
         }
-        new_state = {
-            "params": jax.tree.map(keep, new_params, params),
-            "opt_state": jax.tree.map(keep, new_opt_state, opt_state),
-            "step": state["step"] + 1,
-            "key": state["key"],
-        }
+
+        def update() -> tuple[Params, optax.OptState]:
+            updates, new_opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), new_opt_state
+
+        # A branch, not a selection: the update then works in place.
+        new_params, new_opt_state = jax.lax.cond(finite, update, lambda: (params, opt_state))
+        new_state = {"params": new_params, "opt_state": new_opt_state, "step": state["step"] + 1, "key": state["key"]}
         return new_state, metrics
 
     return step
@@ -158,7 +159,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signum = signum
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    signums: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+    for signum in signums:
         request.previous[signum] = signal.signal(signum, handle)
     try:
         yield request
@@ -234,11 +236,11 @@ def train(job: Job) -> int:
             f"--batch_size {job.batch_size} cannot be split over {ways} devices; use a multiple of {ways}, "
             "or a --mesh with a smaller data axis"
         )
-    with jax.set_mesh(mesh), stop_on_signal() as stop:
-        with Checkpointer(
-            job.run.out_dir, keep=job.run.keep, model_config=job.model, tokenizer_files=job.tokenizer_files
-        ) as checkpointer:
-            return _Loop(job, mesh, checkpointer).run(stop)
+    checkpointer = Checkpointer(
+        job.run.out_dir, keep=job.run.keep, model_config=job.model, tokenizer_files=job.tokenizer_files
+    )
+    with jax.set_mesh(mesh), stop_on_signal() as stop, checkpointer:
+        return _Loop(job, mesh, checkpointer).run(stop)
 
 
 class _Loop:
@@ -260,18 +262,17 @@ class _Loop:
         self.iterator = make_iterator(
             job.train_rows, job.rows_per_step, job.run.seed, jax.process_index(), jax.process_count()
         )
-        self.state = self._restore(optimizer, shardings)
-        if self.state is None:
-            params = job.init_params(param_shardings)
+        restored = self._restore(optimizer, shardings)
+        if restored is None:
             make = jax.jit(lambda p: init_state(p, optimizer, job.run.seed), out_shardings=shardings, donate_argnums=0)
-            self.state = make(params)
+            restored = make(job.init_params(param_shardings))
+        self.state: TrainState = restored
         self.start = int(self.state["step"])
         step = make_train_step(job.loss_fn, optimizer, schedule, job.run.accumulation_steps)
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         self.eval_step = jax.jit(make_eval_step(job.loss_fn))
         self.skipped_total = self.skipped_in_a_row = 0
         self.valid_loss: tuple[int, float] | None = None
-        self.saved_step = self.start if self.start else -1
 
     def _restore(self, optimizer: optax.GradientTransformation, shardings: Any) -> TrainState | None:
         state = jax.eval_shape(lambda p: init_state(p, optimizer, self.job.run.seed), self.job.param_shapes)
@@ -293,7 +294,8 @@ class _Loop:
             config=job.settings,
         ) as self.logger:
             if self.start:
-                self.logger.print(f"resuming {job.run.out_dir} after step {self.start} of {self.total}")
+                what = "resuming" if self.start < self.total else "nothing left to do in"
+                self.logger.print(f"{what} {job.run.out_dir} after step {self.start} of {self.total}")
             self.flops = flops_per_token(job.model, job.max_seq_len)
             self.peak = peak_flops(jax.devices()[0])
             self.clock, self.clock_tokens = time.perf_counter(), 0
@@ -326,7 +328,9 @@ class _Loop:
         self.skipped_total += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if skipped:
-            self.logger.print(f"step {step}: the gradient is not finite; step skipped ({self.skipped_in_a_row} in a row)")
+            self.logger.print(
+                f"step {step}: the gradient is not finite; step skipped ({self.skipped_in_a_row} in a row)"
+            )
         if self.skipped_in_a_row >= self.job.run.max_skipped_steps:
             raise TrainingError(
                 f"{self.skipped_in_a_row} steps in a row up to step {step} had a non-finite gradient; "
@@ -363,9 +367,7 @@ class _Loop:
             return
         totals: dict[str, tuple[float, float]] = {}
         for batch in eval_batches(self.job.valid_rows, self.job.batch_size):
-            sums = jax.device_get(
-                self.eval_step(self.state["params"], self.job.frozen, put_batch(batch, self.mesh))
-            )
+            sums = jax.device_get(self.eval_step(self.state["params"], self.job.frozen, put_batch(batch, self.mesh)))
             for name, (value, weight) in sums.items():
                 old = totals.get(name, (0.0, 0.0))
                 totals[name] = (old[0] + float(value), old[1] + float(weight))

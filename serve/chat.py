@@ -10,8 +10,10 @@ each turn replaces; when it outgrows the context it loses its oldest exchanges w
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -268,8 +270,8 @@ def remarks(reply: Reply, tokenizer: Tokenizer, show_speed: bool) -> list[str]:
         lines.append("(stopped)")
     elif reply.completion.finish_reason == "length":
         lines.append("(cut off at the token limit; --max_new_tokens raises it as far as the context goes)")
-    if show_speed:
-        count = len(tokenizer.encode(reply.text) if reply.completion is None else reply.completion.token_ids)
+    count = len(tokenizer.encode(reply.text) if reply.completion is None else reply.completion.token_ids)
+    if show_speed and count:
         rate = count / max(reply.seconds, 1e-9)
         lines.append(f"{count} tokens, {rate:.0f} tokens/s, first text after {reply.first_text_after:.1f} s")
     return lines
@@ -333,7 +335,13 @@ def open_screen() -> Screen:
 
 def printable(text: str) -> str:
     """Show control characters as symbols, so that no model can drive the terminal."""
-    return "".join(char if char >= " " or char in "\n\t" else chr(0x2400 + ord(char)) for char in text)
+    return "".join(
+        _symbol(char) if unicodedata.category(char) == "Cc" and char not in "\n\t" else char for char in text
+    )
+
+
+def _symbol(control: str) -> str:
+    return chr(0x2400 + ord(control)) if control < " " else "�"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -357,8 +365,9 @@ def run(chat: Chat, config: ChatConfig, screen: Screen) -> int:
     if typed:
         shape = chat.lm.config
         screen.notice(
-            f"{config.model_path}: {count_params(shape) / 1e6:.1f} M parameters, context of "
-            f"{shape.max_position_embeddings} tokens. /help lists commands; Ctrl-C stops an answer, Ctrl-D leaves."
+            f"{config.model_path}: {count_params(shape) / 1e6:.1f} M parameters, "
+            f"context of {shape.max_position_embeddings:,} tokens\n"
+            "/help lists commands; Ctrl-C stops an answer, Ctrl-D leaves"
         )
     try:
         converse(chat, conversation, typed_lines() if typed else sys.stdin, screen, config.seed)
@@ -373,3 +382,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:  # before there is anybody to talk to
         sys.exit(130)
+    except BrokenPipeError:  # nobody reads on, as behind `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail as well
+        sys.exit(141)

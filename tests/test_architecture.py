@@ -10,7 +10,7 @@ LIBRARY = ROOT / "minillm_jax"
 RANK = {
     0: "config",
     1: "tokenizer chat data",
-    2: "cache sharding flops",
+    2: "cache sharding flops matmul rope",
     3: "attention moe",
     4: "model",
     5: "lora losses optim sampling metrics",

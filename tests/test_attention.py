@@ -29,7 +29,7 @@ def test_attention_and_its_gradients_equal_the_definition_on_packed_rows(length,
         kv_segment_ids=segment_ids, causal_layout=True,
     )  # fmt: skip
     theirs = lambda q, k, v: by_definition(q, k, v, visible)
-    for a, b in zip(*(jax.vjp(f, q, k, v)[1](q) + (f(q, k, v),) for f in (ours, theirs)), strict=True):
+    for a, b in zip(*((*jax.vjp(f, q, k, v)[1](q), f(q, k, v)) for f in (ours, theirs)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 

@@ -50,9 +50,7 @@ def list_in(prompt: str) -> list[str]:
 
 def times_in(prompt: str) -> tuple[str, int]:
     names = {"two": 2, "three": 3, "four": 4, "five": 5} | {str(n): n for n in range(2, 6)}
-    shown = re.search(r"(\w+) times", prompt)[1]
-    rest = re.sub(r"(Say|Write the word|Repeat|Can you say|please|I want to read|times|\b" + shown + r"\b)", "", prompt)
-    return re.search(r"[a-z]+", rest)[0], names[shown]
+    return re.findall(r"[a-z]+", prompt)[-1], names[re.search(r"(\w+) times", prompt)[1]]
 
 
 def content_of(task: builtin.Task) -> object:

@@ -1,6 +1,7 @@
 """Mixture of experts against plain loops over experts and tokens."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from minillm_jax import moe
 from minillm_jax.config import ModelConfig
+from minillm_jax.matmul import grouped_matmul, matmul
 
 CONFIG = ModelConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, use_moe=True, num_experts=4)
 
@@ -16,16 +18,14 @@ CONFIG = ModelConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1
 def dense_loop(x, w, sizes):
     """The definition of the grouped product: one slice of rows after another."""
     starts = np.cumsum([0, *sizes])
-    return jnp.concatenate([x[a:b] @ w[e] for e, (a, b) in enumerate(zip(starts[:-1], starts[1:], strict=True))])
+    return jnp.concatenate([x[a:b] @ w[e] for e, (a, b) in enumerate(itertools.pairwise(starts))])
 
 
 @pytest.mark.parametrize("sizes", [[130, 1, 0, 259], [0, 0, 5, 0], [128, 128, 0, 0], [1, 1, 1, 1]])
-@pytest.mark.parametrize("product", [moe.grouped_matmul, jax.lax.ragged_dot], ids=["blocked", "ragged_dot"])
+@pytest.mark.parametrize("product", [grouped_matmul, jax.lax.ragged_dot], ids=["blocked", "ragged_dot"])
 def test_grouped_matmul_and_its_gradients_equal_a_loop(sizes, product):
     rows = sum(sizes)
-    x, w, g = (
-        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(rows, 6), (4, 6, 5), (rows, 5)])
-    )
+    x, w, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(rows, 6), (4, 6, 5), (rows, 5)]))
     grouped = lambda x, w: product(x, w, jnp.asarray(sizes, jnp.int32))
     ours, pull = jax.vjp(grouped, x, w)
     theirs, pull_loop = jax.vjp(lambda x, w: dense_loop(x, w, sizes), x, w)
@@ -37,8 +37,8 @@ def test_grouped_matmul_and_its_gradients_equal_a_loop(sizes, product):
 def every_expert_on_every_token(x, gate, up, down, routing):
     """All experts see all tokens; unchosen ones get weight zero."""
     outputs = jnp.stack([(jax.nn.silu(x @ g) * (x @ u)) @ d for g, u, d in zip(gate, up, down, strict=True)], 1)
-    weights = jnp.zeros((x.shape[0], gate.shape[0])).at[jnp.arange(x.shape[0])[:, None], routing.experts].add(
-        routing.weights
+    weights = (
+        jnp.zeros((x.shape[0], gate.shape[0])).at[jnp.arange(x.shape[0])[:, None], routing.experts].add(routing.weights)
     )
     return jnp.einsum("med,me->md", outputs, weights)
 
@@ -94,11 +94,13 @@ def test_auxiliary_loss_is_that_of_each_segment_or_of_the_batch():
         expected[group] = balance_of(routing, group, 4, 2)
     loss, load = moe.auxiliary_loss(routing, segment_ids, config)
     np.testing.assert_allclose(loss.reshape(-1), expected, rtol=1e-5)
-    real = sum(groups, [])
+    real = [t for group in groups for t in group]
     whole, _ = moe.auxiliary_loss(routing, segment_ids, dataclasses.replace(config, seq_aux=False))
     np.testing.assert_allclose(whole.reshape(-1)[jnp.asarray(real)], balance_of(routing, real, 4, 2), rtol=1e-5)
     assert float(load.sum()) == pytest.approx(1.0)
-    np.testing.assert_allclose(load, [np.mean([[int(e) == i for e in routing.experts[t]] for t in real]) for i in range(4)])
+    np.testing.assert_allclose(
+        load, [np.mean([[int(e) == i for e in routing.experts[t]] for t in real]) for i in range(4)]
+    )
 
 
 def test_z_loss_is_the_squared_log_partition():
@@ -115,3 +117,14 @@ def test_even_routing_has_the_smallest_balance_loss():
     ones = jnp.ones((1, 8), jnp.int32)
     assert moe.auxiliary_loss(even, ones, config)[0][0, 0] == pytest.approx(1.0, abs=1e-3)
     assert moe.auxiliary_loss(collapsed, ones, config)[0][0, 0] == pytest.approx(4.0, abs=1e-2)
+
+
+@pytest.mark.parametrize(("width", "out"), [(6, 9), (9, 6)])
+def test_matmul_has_the_gradients_of_a_product(width, out):
+    x, w, g = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 5, width), (width, out), (2, 5, out)])
+    )
+    ours, pull = jax.vjp(matmul, x, w)
+    theirs, pull_plain = jax.vjp(jnp.matmul, x, w)
+    for a, b in zip((ours, *pull(g)), (theirs, *pull_plain(g)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -14,9 +14,20 @@ from minillm_jax.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.slow
 
-WORDS = "the a cat dog sees finds likes red blue house tree and under over with small big old new".split()
+WORDS = ("the", "a", "cat", "dog", "sees", "finds", "red", "blue", "house", "tree", "and", "under", "small", "old")
 SHAPE = ["--hidden_size", "16", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--num_key_value_heads", "1"]
-RUN = ["--batch_size", "4", "--max_seq_len", "96", "--log_interval", "1", "--eval_interval", "5", "--save_interval", "3"]
+RUN = [
+    "--batch_size",
+    "4",
+    "--max_seq_len",
+    "96",
+    "--log_interval",
+    "1",
+    "--eval_interval",
+    "5",
+    "--save_interval",
+    "3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +57,8 @@ def command(corpus, stage, out_dir, *flags):
     start = ["--tokenizer_path", str(corpus / "tokenizer"), *SHAPE] if "--model_path" not in flags else []
     data = corpus / ("text.jsonl" if stage == "pretrain" else "chat.jsonl")
     return [
-        sys.executable, "-m", f"train.{stage}", "--data_path", str(data), "--out_dir", str(out_dir), *start, *RUN, *flags,
+        sys.executable, "-m", f"train.{stage}", "--data_path", str(data), "--out_dir", str(out_dir), *start, *RUN,
+        *flags,
     ]  # fmt: skip
 
 
@@ -193,5 +205,3 @@ def test_a_folder_that_is_no_run_is_never_touched(corpus, tmp_path):
     for flags in ([], ["--overwrite"]):
         assert run(corpus, "pretrain", tmp_path / "run", *flags).returncode == 2
     assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
-
-

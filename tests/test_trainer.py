@@ -15,7 +15,12 @@ from minillm_jax.optim import global_norm, make_optimizer, make_schedule
 from minillm_jax.trainer import accumulate_gradients, init_state, make_train_step
 
 TINY = ModelConfig(
-    vocab_size=53, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24
+    vocab_size=53,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=24,
 )
 MOE = dataclasses.replace(TINY, use_moe=True, num_experts=3, moe_intermediate_size=16)
 KEY = jax.random.key(0)

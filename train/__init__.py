@@ -1,0 +1,1 @@
+"""Supervised stages: each file is one command, `python -m train.STAGE`."""

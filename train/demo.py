@@ -136,7 +136,8 @@ class Demo:
         self.prepare_data()
         self.run(
             "tokenizer", "train.tokenizer", "--data_path", str(folder / "pretrain.jsonl"), str(folder / "sft.jsonl"),
-            "--vocab_size", str(scale.vocab_size), "--out_dir", str(folder / "tokenizer"), produces=folder / "tokenizer",
+            "--vocab_size", str(scale.vocab_size), "--out_dir", str(folder / "tokenizer"),
+            produces=folder / "tokenizer",
         )  # fmt: skip
         self.run(
             "pretrain", "train.pretrain", "--data_path", str(folder / "pretrain.jsonl"),

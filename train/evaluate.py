@@ -79,7 +79,7 @@ class EvaluateConfig:
     """Tokens scored by each further window of a long document; fewer than max_seq_len leave room for context. None
     takes max_seq_len: no overlap."""
     batch_size: int | None = None
-    """Rows of max_seq_len tokens per batch, or prompts of exact; None takes 4 rows on CPU, 64 elsewhere, or 64 prompts."""
+    """Rows of max_seq_len tokens per batch, or prompts of exact. None takes 64, or on CPU 4 rows, which is faster."""
     max_new_tokens: int = 64
     """Longest reply in tokens (exact)."""
     limit: int | None = None

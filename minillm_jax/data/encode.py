@@ -163,7 +163,7 @@ def _merge(chunks: list[Encoded]) -> Encoded:
 
 def _write_arrow(path: Path, blocks: Iterable[Encoded], with_mask: bool, vocab_size: int) -> None:
     import datasets
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
     from datasets.arrow_writer import ArrowWriter
 
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.int32

@@ -4,8 +4,10 @@ A seed goes in, tasks (prompt, answer) come out, the same ones on every machine.
 is phrased, decides whether it is a training or a held-out question: a hash of its content does, so that no amount of
 training data can leak into an evaluation.
 
-The questions are made for a model of a few million parameters: letters are given one by one ("c-a-t"), because a
-tokenizer would hide them inside words, and every reply is bare, because a reply is right only if it matches exactly.
+The questions are made for a model of a million parameters and a few minutes on a CPU. Letters are given one by one
+("c-a-t"), because a tokenizer would hide them inside words. What is asked about stands last and in quotes where it is
+copied, so that reply and question lie at a steady distance and begin with the same token; with the operands anywhere,
+nothing was learned in the same time. Replies are bare, because one is right only if it matches exactly.
 """
 
 from __future__ import annotations
@@ -207,7 +209,7 @@ FAMILIES: dict[str, Family] = {
         (
             "Which number is {adjective}, {a} or {b}?",
             "Which is {adjective}: {a} or {b}?",
-            "Tell me which one is {adjective}: {a} or {b}?",
+            "Tell me which is {adjective}, {a} or {b}.",
             "What is {adjective}, {a} or {b}?",
             "Tell me the {adjective} number: {a} or {b}.",
             "Choose the {adjective} one, {a} or {b}.",
@@ -319,7 +321,7 @@ FAMILIES: dict[str, Family] = {
             "Write this word {times}: {word}",
             "Repeat {times}: {word}",
             "Can you say this {times}? {word}",
-            "I want to read {times} the word {word}.",
+            "I want to read this {times}: {word}",
             "{times}, please: {word}",
         ),
     ),
