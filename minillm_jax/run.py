@@ -237,9 +237,6 @@ def train_on_rows(
         valid_fraction=data.valid_fraction,
         valid_path=data.valid_path,
     )
-    print(f"train: {train_rows.describe()}")
-    if valid_rows is not None:
-        print(f"valid: {valid_rows.describe()}")
     key = jax.random.key(config.run.seed)
     job = Job(
         run=config.run,

@@ -18,6 +18,7 @@ RANK = {
     7: "checkpoint",
     8: "trainer lm",
     9: "scoring run",
+    10: "evaluation",
 }
 RANK_OF = {name: rank for rank, names in RANK.items() for name in names.split()}
 WITHOUT_JAX = {"config", "tokenizer", "chat", "data"}

@@ -15,20 +15,19 @@ from hypothesis import strategies as st
 import train.evaluate
 from minillm_jax.config import ModelConfig
 from minillm_jax.data.records import ChoiceRecord, ExactRecord, PairsRecord, PretrainRecord
-from minillm_jax.lm import Completion, LanguageModel
-from minillm_jax.model import forward, init_params
-from minillm_jax.scoring import Scores, score_sequences, split_windows
-from minillm_jax.tokenizer import encode_document
-from train.evaluate import (
+from minillm_jax.evaluation import (
     encode_choices,
     evaluate_choice,
     evaluate_exact,
     evaluate_lm,
     evaluate_pairs,
     final_answer,
-    main,
-    trained_window,
 )
+from minillm_jax.lm import Completion, LanguageModel
+from minillm_jax.model import forward, init_params
+from minillm_jax.scoring import Scores, score_sequences, split_windows
+from minillm_jax.tokenizer import encode_document
+from train.evaluate import main, trained_window
 
 CONFIG = ModelConfig(
     vocab_size=TOKENIZER.vocab_size,

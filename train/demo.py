@@ -62,13 +62,18 @@ class Scale:
     vocab_size: int
 
 
+# Small models learn these tasks several times faster with Muon, and with rotary frequencies made for short texts.
+FAST = ("--optimizer", "muon", "--learning_rate", "5e-3", "--schedule", "wsd", "--decay_ratio", "0.5")
 CPU = Scale(
-    shape=("--hidden_size", "128", "--num_hidden_layers", "4", "--num_attention_heads", "4"),
-    pretrain=("--steps", "300", "--batch_size", "8", "--max_seq_len", "256"),
-    sft=("--steps", "2000", "--batch_size", "4", "--max_seq_len", "256"),
-    conversations=60_000,
+    shape=(
+        "--hidden_size", "128", "--num_hidden_layers", "3", "--num_attention_heads", "4",
+        "--rope_theta", "1e4", "--initializer_range", "0.08",
+    ),
+    pretrain=("--steps", "250", "--batch_size", "8", "--max_seq_len", "256", *FAST),
+    sft=("--steps", "2500", "--batch_size", "4", "--max_seq_len", "256", "--min_lr_ratio", "0.03", *FAST),
+    conversations=30_000,
     vocab_size=2048,
-)
+)  # fmt: skip
 ACCELERATOR = Scale(
     shape=(),
     pretrain=("--steps", "1500", "--batch_size", "64", "--max_seq_len", "512"),
@@ -112,7 +117,7 @@ class Demo:
         """Write the built-in data: documentation for pretraining, conversations for SFT, held-out questions."""
         CONSOLE.rule("[bold]built-in data")
         began = time.perf_counter()
-        size = builtin.write_pretrain(self.folder / "pretrain.jsonl", seed=self.config.seed)
+        size = builtin.write_pretrain(self.folder / "pretrain.jsonl", exercise_pages=1500, seed=self.config.seed)
         builtin.write_sft(self.folder / "sft.jsonl", self.scale.conversations, self.config.seed)
         builtin.write_eval(self.folder / "heldout.jsonl", self.config.questions, self.config.seed)
         CONSOLE.print(

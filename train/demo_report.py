@@ -47,8 +47,8 @@ def write_report(
     lines += ["", f"All steps: {sum(s.seconds for s in steps):.0f} seconds.", "", "## By kind of question", ""]
     lines += ["| Kind | Before SFT | After SFT |", "|---|---:|---:|"]
     lines += [
-        f"| {family} | {before['by_family'][family]:.1%} | {accuracy:.1%} |"
-        for family, accuracy in after["by_family"].items()
+        f"| {family} | {before['accuracy_by_family'][family]:.1%} | {accuracy:.1%} |"
+        for family, accuracy in after["accuracy_by_family"].items()
     ]
     lines += ["", "## A few answers", "", "```"]
     for question, answer in answers:
@@ -90,10 +90,14 @@ def _draw(folder: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
         start += rows[-1]["step"]
     loss_axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="Learning")
     loss_axes.legend(frameon=False)
-    families = list(after["by_family"])
+    families = list(after["accuracy_by_family"])
     positions = range(len(families))
-    bar_axes.barh([p + 0.2 for p in positions], [after["by_family"][f] for f in families], 0.4, color="#D55E00")
-    bar_axes.barh([p - 0.2 for p in positions], [before["by_family"][f] for f in families], 0.4, color="#0072B2")
+    bar_axes.barh(
+        [p + 0.2 for p in positions], [after["accuracy_by_family"][f] for f in families], 0.4, color="#D55E00"
+    )
+    bar_axes.barh(
+        [p - 0.2 for p in positions], [before["accuracy_by_family"][f] for f in families], 0.4, color="#0072B2"
+    )
     bar_axes.set_yticks(list(positions), families)
     bar_axes.set(xlim=(0, 1), xlabel="exact match", title="Held-out questions: before SFT (blue), after (orange)")
     for axes in (loss_axes, bar_axes):

@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,25 +38,25 @@ from minillm_jax.checkpoint import CheckpointError
 from minillm_jax.config import ComputeConfig, ConfigError, parse_cli
 from minillm_jax.data import DataError, SkipReport, read_records
 from minillm_jax.data.errors import FieldError
-from minillm_jax.data.records import ChoiceRecord, ExactRecord, PairsRecord, PretrainRecord, bad_row
-from minillm_jax.lm import Completion, LanguageModel, generate, load
+from minillm_jax.data.records import ExactRecord, bad_row
+from minillm_jax.evaluation import Metrics, Score, evaluate_choice, evaluate_exact, evaluate_lm, evaluate_pairs
+from minillm_jax.lm import LanguageModel, generate, load
 from minillm_jax.model import param_axes
 from minillm_jax.run import setup_jax, user_errors
 from minillm_jax.sampling import SamplingParams
 from minillm_jax.scoring import Scores, Span, score_sequences
 from minillm_jax.sharding import data_parallelism, make_mesh, tree_shardings
-from minillm_jax.tokenizer import Tokenizer, encode_documents
+from minillm_jax.tokenizer import Tokenizer
 
-Metrics = dict[str, Any]
-Score = Callable[[Sequence[Span]], Scores]
-Complete = Callable[[Sequence[Sequence[int]]], list[Completion]]
-
+SCORED: dict[str, Callable[[list[Any], Tokenizer, Score], Metrics]] = {
+    "lm": evaluate_lm,
+    "choice": evaluate_choice,
+    "pairs": evaluate_pairs,
+}
 KINDS = {"lm": "pretrain", "choice": "choice", "pairs": "pairs", "exact": "exact"}
 """Row format of each task."""
 DEFAULT_WINDOW = 512
 CPU_ROWS, ACCELERATOR_ROWS, PROMPTS = 4, 64, 64
-WRONG_ANSWERS_SHOWN = 5
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -100,150 +97,6 @@ class EvaluateConfig:
                 raise ConfigError(f"--{name} must be at least 1, not {value}")
 
 
-def accuracy(right: Sequence[bool]) -> float:
-    """Share of rows that are right."""
-    return float(np.mean(right))
-
-
-def accuracy_by(name: str, groups: Iterable[str | None], right: Sequence[bool]) -> Metrics:
-    """Accuracy of each named group as `{"accuracy_by_NAME": {group: accuracy}}`; nothing when no row names one."""
-    members: dict[str, list[bool]] = defaultdict(list)
-    for group, is_right in zip(groups, right, strict=True):
-        if group is not None:
-            members[group].append(is_right)
-    return {f"accuracy_by_{name}": {group: accuracy(members[group]) for group in sorted(members)}} if members else {}
-
-
-def _score_metrics(scores: Scores) -> Metrics:
-    return {"longer_than_window": scores.longer_than_window, "tokens_processed": scores.processed}
-
-
-def evaluate_lm(records: Sequence[PretrainRecord], tokenizer: Tokenizer, score: Score) -> Metrics:
-    """Score whole documents.
-
-    Raises:
-        DataError: the rows hold no text at all.
-    """
-    size = sum(len(record.text.encode()) for record in records)
-    if not size:
-        raise DataError(f"{records[0].file}: every text is empty; there is nothing to predict")
-    documents = encode_documents(tokenizer, [record.text for record in records])
-    scores = score([(np.asarray(ids, np.int32), 1) for ids in documents])
-    tokens, nats = int(scores.tokens.sum()), -float(scores.logprobs.sum())
-    return {
-        "bits_per_byte": nats / math.log(2) / size,
-        "perplexity": float(np.exp(nats / tokens)),
-        "loss": nats / tokens,
-        "tokens": tokens,
-        "bytes": size,
-        "documents": len(records),
-        **_score_metrics(scores),
-    }
-
-
-def encode_choices(tokenizer: Tokenizer, records: Sequence[ChoiceRecord]) -> list[Span]:
-    """Encode query and choice together, for every choice of every record in order.
-
-    Scored is what follows the longest run of the query's tokens that all choices of the record share. Where a tokenizer
-    merges the query's end into a choice, this scores the same text behind the same context for every choice.
-    """
-    queries = tokenizer.encode_batch([record.query for record in records])
-    texts = [f"{record.query} {choice}" for record in records for choice in record.choices]
-    encoded = iter(tokenizer.encode_batch(texts))
-    spans: list[Span] = []
-    for record, query in zip(records, queries, strict=True):
-        wholes = list(islice(encoded, len(record.choices)))
-        shared = min(min(_common_prefix(query, whole), len(whole) - 1) for whole in wholes)
-        spans += [([tokenizer.bos_token_id, *whole], max(shared, 0) + 1) for whole in wholes]
-    return spans
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Count the leading items that two sequences share."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _is_best(values: Sequence[float], gold: int) -> bool:
-    return all(values[gold] > value for i, value in enumerate(values) if i != gold)
-
-
-def evaluate_choice(records: Sequence[ChoiceRecord], tokenizer: Tokenizer, score: Score) -> Metrics:
-    """Compare the choices of each query."""
-    scores = score(encode_choices(tokenizer, records))
-    logprobs = iter(scores.logprobs.tolist())
-    normalized, plain = [], []
-    for record in records:
-        sums = list(islice(logprobs, len(record.choices)))
-        means = [total / max(1, len(text.encode())) for total, text in zip(sums, record.choices, strict=True)]
-        normalized.append(_is_best(means, record.gold))
-        plain.append(_is_best(sums, record.gold))
-    return {
-        "accuracy": accuracy(normalized),
-        "accuracy_unnormalized": accuracy(plain),
-        **_score_metrics(scores),
-    }
-
-
-def evaluate_pairs(records: Sequence[PairsRecord], tokenizer: Tokenizer, score: Score) -> Metrics:
-    """Compare the two texts of each pair."""
-    ids = tokenizer.encode_batch([text for record in records for text in (record.good, record.bad)])
-    scores = score([([tokenizer.bos_token_id, *text], 1) for text in ids])
-    right = (scores.logprobs[::2] > scores.logprobs[1::2]).tolist()
-    return {
-        "accuracy": accuracy(right),
-        **accuracy_by("task", [record.task for record in records], right),
-        **_score_metrics(scores),
-    }
-
-
-_SCORED: dict[str, Callable[[list[Any], Tokenizer, Score], Metrics]] = {
-    "lm": evaluate_lm,
-    "choice": evaluate_choice,
-    "pairs": evaluate_pairs,
-}
-
-
-def final_answer(reply: str) -> str:
-    """Take what a reply offers as its answer: inside the last `<answer>` tags, else all that follows a thought."""
-    tagged = _ANSWER.findall(reply)
-    return (tagged[-1] if tagged else reply.rpartition("</think>")[2]).strip()
-
-
-def evaluate_exact(
-    records: Sequence[ExactRecord],
-    prompts: Sequence[Sequence[int]],
-    complete: Complete,
-    *,
-    batch_size: int,
-    show: Callable[[str], None],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Metrics:
-    """Generate a reply to each prompt, in batches of similar length with the longest first, and compare.
-
-    Args:
-        records: the questions.
-        prompts: token ids of each, rendered.
-        complete: answers a batch of prompts.
-        batch_size: prompts per batch.
-        show: receives a line for each of the first few wrong answers.
-        progress: called with prompts done and prompts in all.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    replies: dict[int, Completion] = {}
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        replies.update(zip(batch, complete([prompts[i] for i in batch]), strict=True))
-        progress(len(replies), len(order))
-    right = [final_answer(replies[i].text) == record.answer.strip() for i, record in enumerate(records)]
-    for i in [i for i, is_right in enumerate(right) if not is_right][:WRONG_ANSWERS_SHOWN]:
-        show(f"wrong: {records[i].prompt[-200:]!r} → {replies[i].text[:200]!r}, expected {records[i].answer[:200]!r}")
-    return {
-        "accuracy": accuracy(right),
-        **accuracy_by("family", [record.family for record in records], right),
-        "tokens_processed": sum(len(reply.token_ids) for reply in replies.values()),
-    }
-
-
 def trained_window(model_path: str) -> int | None:
     """Read from a run's config.json how many tokens a row had in training; None when the folder is of no such run."""
     root = Path(model_path).absolute()
@@ -278,7 +131,7 @@ def _progress(console: Console, title: str) -> Iterator[Callable[[int, int], Non
 
 def _run_scoring(config: EvaluateConfig, lm: LanguageModel, records: list[Any], console: Console) -> Metrics:
     """Score on the mesh: rows over its data axes, parameters as in training."""
-    run = _SCORED[config.task]
+    run = SCORED[config.task]
     window = _window(config, lm)
     if config.stride is not None and config.stride > window:
         raise ConfigError(f"--stride {config.stride} is more than a window of {window} tokens and would skip text")

@@ -183,7 +183,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 """(things people say, what the model replies): a little of it makes the chat feel alive."""
 SMALL_TALK_SHARE = 0.04
-TURNS = (1, 1, 1, 2, 2, 3, 4)
+TURNS = (1, 1, 2, 4, 6)
 """Questions in a conversation, drawn evenly; a long one spends fewer tokens on anything but questions and answers."""
 
 

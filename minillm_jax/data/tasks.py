@@ -92,15 +92,13 @@ def _join(items: list[str] | list[int]) -> str:
 
 
 def _add(rng: random.Random) -> Question:
-    a, b = rng.randint(0, 50), rng.randint(0, 9)
-    if rng.random() < 0.5:
-        a, b = b, a
+    a, b = rng.randint(0, 20), rng.randint(0, 20)
     return Question((min(a, b), max(a, b)), str(a + b), {"a": a, "b": b})
 
 
 def _subtract(rng: random.Random) -> Question:
-    b = rng.randint(0, 9)
-    a = rng.randint(b, 50)
+    a = rng.randint(0, 20)
+    b = rng.randint(0, a)
     return Question((a, b), str(a - b), {"a": a, "b": b})
 
 
@@ -113,7 +111,7 @@ def _compare(rng: random.Random) -> Question:
 
 
 def _extreme(rng: random.Random) -> Question:
-    numbers = _numbers(rng, 3)
+    numbers = _numbers(rng, 3, below=50)
     largest = rng.random() < 0.5
     adjective = rng.choice(("largest", "biggest", "highest") if largest else ("smallest", "lowest"))
     answer = max(numbers) if largest else min(numbers)
@@ -126,13 +124,13 @@ def _parity(rng: random.Random) -> Question:
 
 
 def _next_number(rng: random.Random) -> Question:
-    step, start = rng.choice((1, 2, 3, 5, 10)), rng.randint(0, 99)
+    step, start = rng.choice((1, 2, 5, 10)), rng.randint(0, 50)
     numbers = [start + i * step for i in range(4)]
     return Question((start, step), str(start + 4 * step), {"numbers": _join(numbers)})
 
 
 def _sort(rng: random.Random) -> Question:
-    numbers = _numbers(rng, 3, below=20)
+    numbers = _numbers(rng, 3, below=10)
     return Question(tuple(sorted(numbers)), _join(sorted(numbers)), {"numbers": _join(numbers)})
 
 
