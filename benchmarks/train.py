@@ -19,12 +19,12 @@ from functools import partial
 import jax
 import numpy as np
 
+from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ComputeConfig, ModelConfig, OptimConfig, parse_cli
 from minillm_jax.flops import count_params, flops_per_token, peak_flops
 from minillm_jax.losses import language_model_loss
 from minillm_jax.model import compute_dtype, init_params
 from minillm_jax.optim import make_optimizer, make_schedule
-from minillm_jax.run import setup_jax, user_errors
 from minillm_jax.trainer import init_state, make_train_step
 
 

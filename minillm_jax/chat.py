@@ -23,6 +23,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from minillm_jax.errors import UserError
 from minillm_jax.tokenizer import IM_END, IM_START, Tokenizer, default_chat_template
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -31,7 +32,7 @@ Span = tuple[str, bool]
 """Rendered text, and whether it is trained."""
 
 
-class ChatError(ValueError):
+class ChatError(UserError, ValueError):
     """A conversation that makes no sense, or a chat template that cannot render it."""
 
 

@@ -45,6 +45,7 @@ from minillm_jax.checkpoint_files import (
     write_texts,
 )
 from minillm_jax.config import ModelConfig, model_config_from_dict
+from minillm_jax.errors import UserError
 
 CHECKPOINTS = "checkpoints"
 STATE = "state"
@@ -59,7 +60,7 @@ Report = Callable[[str], object]
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written, found or used; the message says which and what to do."""
 
 

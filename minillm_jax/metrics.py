@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from minillm_jax.errors import UserError
 from minillm_jax.flops import count_params, flops_per_token, peak_flops
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ PLAIN_LINE_SECONDS = 10.0
 """Where there is no terminal, a progress line is printed at most this often."""
 
 
-class MetricsError(RuntimeError):
+class MetricsError(UserError, RuntimeError):
     """Metrics could not be written or read; the message says where and what to do."""
 
 

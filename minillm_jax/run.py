@@ -6,25 +6,18 @@ that already holds a run is resumed, and only when the flags describe the same r
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
-import os
-import platform
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-from rich.console import Console
 
-from minillm_jax.chat import ChatError
-from minillm_jax.checkpoint import CheckpointError, load_params, load_tokenizer_files
+from minillm_jax.checkpoint import load_params, load_tokenizer_files
 from minillm_jax.config import (
     ComputeConfig,
     ConfigError,
@@ -34,16 +27,13 @@ from minillm_jax.config import (
     RunConfig,
     to_json,
 )
-from minillm_jax.data import DataError, load_rows
+from minillm_jax.data import load_rows
 from minillm_jax.lm import LanguageModel
 from minillm_jax.losses import LossFn
-from minillm_jax.metrics import MetricsError, plot_curves
+from minillm_jax.metrics import plot_curves
 from minillm_jax.model import Params, init_params, param_axes
-from minillm_jax.tokenizer import Tokenizer, TokenizerError
-from minillm_jax.trainer import Job, TrainingError, train
-
-USER_ERRORS = (ChatError, CheckpointError, ConfigError, DataError, MetricsError, TokenizerError, TrainingError)
-"""Errors whose message is meant for the person at the terminal."""
+from minillm_jax.tokenizer import Tokenizer
+from minillm_jax.trainer import Job, train
 
 MAY_CHANGE = {
     "run": {"epochs", "steps", "save_interval", "keep", "log_interval", "eval_interval", "sample_interval",
@@ -67,44 +57,6 @@ class StageConfig(Protocol):
     def optim(self) -> OptimConfig: ...  # noqa: D102
     @property
     def compute(self) -> ComputeConfig: ...  # noqa: D102
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Print errors that are meant for people as one line and exit with status 2; exit with 130 on Ctrl-C."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
-        sys.exit(130)
-    except USER_ERRORS as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def setup_jax() -> None:
-    """Keep compiled programs in ~/.cache/minillm_jax/jax (or JAX_COMPILATION_CACHE_DIR) and freed memory for reuse."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/minillm_jax/jax").expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Make glibc keep large buffers for reuse.
-
-    XLA's CPU backend frees a step's buffers when it ends; by default they go back to the kernel, and the next step
-    pays a page fault for every 4 KiB that it touches again (a tenth of a training step of the default model).
-    """
-    libc = ctypes.CDLL(None)
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from minillm_jax.errors import UserError
+
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
 """Ids 0, 1, 2: padding, begin, end. Only rendering produces them; their spelling in user text stays text."""
@@ -47,7 +49,7 @@ _WORDS = "|".join(
 )
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError, ValueError):
     """A folder that is no tokenizer, a vocabulary that cannot be, or a text that is not Unicode."""
 
 
@@ -389,7 +391,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> Tokenizer:
     definition = json.loads(engine.to_str())
     for token in definition["added_tokens"]:
         token["special"] = token["content"] in CONTROL_TOKENS  # the trainer marks all of them
-    return Tokenizer(_dump_json(definition), _dump_json(_trained_config(definition["added_tokens"])))
+    parts = (definition, _trained_config(definition["added_tokens"]))
+    return Tokenizer(*(json.dumps(part, ensure_ascii=False, indent=2) + "\n" for part in parts))
 
 
 @cache
@@ -429,10 +432,6 @@ def _parse_json(text: str, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TokenizerError(f"{name}: must hold a JSON object, not {type(value).__name__}")
     return value
-
-
-def _dump_json(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
 def _why_not_a_tokenizer(root: Path) -> str:

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from minillm_jax.checkpoint import Checkpointer
 from minillm_jax.config import ModelConfig, OptimConfig, RunConfig
 from minillm_jax.data import eval_batches, make_iterator
+from minillm_jax.errors import UserError
 from minillm_jax.losses import Batch, LossFn
 from minillm_jax.metrics import MetricsLogger, flops_per_token, peak_flops
 from minillm_jax.model import Params
@@ -35,7 +36,7 @@ TrainState = dict[str, Any]
 TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message says since when and what to try."""
 
 

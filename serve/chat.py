@@ -22,10 +22,10 @@ from typing import Literal
 from rich.console import Console
 
 from minillm_jax.chat import ChatError, Turn, render
+from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ConfigError, parse_cli
 from minillm_jax.flops import count_params
 from minillm_jax.lm import Completion, LanguageModel, load, stream
-from minillm_jax.run import setup_jax, user_errors
 from minillm_jax.sampling import SamplingParams
 from minillm_jax.tokenizer import Tokenizer, TokenizerError
 

@@ -151,6 +151,17 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(corp
     assert measured(out_dir) == measured(reference)
 
 
+@pytest.mark.parametrize("flags", [(), ("--use_moe", "--optimizer", "muon")], ids=["dense", "moe_muon"])
+def test_eight_devices_measure_what_one_does(corpus, tmp_path, flags):
+    alone, mesh = tmp_path / "alone", tmp_path / "mesh"
+    finished(run(corpus, "pretrain", alone, "--steps", "4", *flags))
+    env = environment(corpus) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    spread = command(corpus, "pretrain", mesh, "--steps", "4", "--mesh", "data=2,fsdp=2,tensor=2", *flags)
+    finished(subprocess.run(spread, env=env, capture_output=True, text=True, timeout=280))
+    for ours, theirs in zip(measured(mesh), measured(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
 def test_sft_starts_from_a_run_and_learns_the_answers(corpus, reference, tmp_path):
     result = finished(
         run(

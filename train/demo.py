@@ -21,10 +21,10 @@ import jax
 from rich.console import Console
 
 from minillm_jax.chat import render
+from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import parse_cli
 from minillm_jax.data import builtin
 from minillm_jax.lm import generate, load
-from minillm_jax.run import setup_jax, user_errors
 from minillm_jax.sampling import SamplingParams
 from train.demo_report import StepRecord, write_report
 
@@ -33,7 +33,7 @@ LIVE_QUESTIONS = (
     "Hello!",
     "What is 17 + 5?",
     "Which is larger: 41 or 14?",
-    "Sort these numbers: 9, 2, 14",
+    "Sort these numbers: 9, 2, 4",
     "What is the last word: apple, moon, tree",
     'Spell backwards: "t-a-r"',
 )

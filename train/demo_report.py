@@ -90,14 +90,11 @@ def _draw(folder: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
         start += rows[-1]["step"]
     loss_axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="Learning")
     loss_axes.legend(frameon=False)
-    families = list(after["accuracy_by_family"])
+    before_by, after_by = before["accuracy_by_family"], after["accuracy_by_family"]
+    families = list(after_by)
     positions = range(len(families))
-    bar_axes.barh(
-        [p + 0.2 for p in positions], [after["accuracy_by_family"][f] for f in families], 0.4, color="#D55E00"
-    )
-    bar_axes.barh(
-        [p - 0.2 for p in positions], [before["accuracy_by_family"][f] for f in families], 0.4, color="#0072B2"
-    )
+    bar_axes.barh([p + 0.2 for p in positions], [after_by[f] for f in families], 0.4, color="#D55E00")
+    bar_axes.barh([p - 0.2 for p in positions], [before_by[f] for f in families], 0.4, color="#0072B2")
     bar_axes.set_yticks(list(positions), families)
     bar_axes.set(xlim=(0, 1), xlabel="exact match", title="Held-out questions: before SFT (blue), after (orange)")
     for axes in (loss_axes, bar_axes):

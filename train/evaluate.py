@@ -35,6 +35,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from minillm_jax.chat import render
 from minillm_jax.checkpoint import CheckpointError
+from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ComputeConfig, ConfigError, parse_cli
 from minillm_jax.data import DataError, SkipReport, read_records
 from minillm_jax.data.errors import FieldError
@@ -42,7 +43,6 @@ from minillm_jax.data.records import ExactRecord, bad_row
 from minillm_jax.evaluation import Metrics, Score, evaluate_choice, evaluate_exact, evaluate_lm, evaluate_pairs
 from minillm_jax.lm import LanguageModel, generate, load
 from minillm_jax.model import param_axes
-from minillm_jax.run import setup_jax, user_errors
 from minillm_jax.sampling import SamplingParams
 from minillm_jax.scoring import Scores, Span, score_sequences
 from minillm_jax.sharding import data_parallelism, make_mesh, tree_shardings

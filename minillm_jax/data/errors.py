@@ -7,13 +7,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
+from minillm_jax.errors import UserError
+
 OnBadRow = Literal["error", "skip"]
 
 _MAX_EXAMPLES = 5
 _MAX_REASONS = 10
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Training data that cannot be used; about a row, the text is `FILE:LINE: FIELD: what is wrong`."""
 
 
