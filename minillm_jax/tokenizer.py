@@ -22,8 +22,6 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from minillm_jax.errors import UserError
-
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
 """Ids 0, 1, 2: padding, begin, end. Only rendering produces them; their spelling in user text stays text."""
@@ -49,7 +47,7 @@ _WORDS = "|".join(
 )
 
 
-class TokenizerError(UserError, ValueError):
+class TokenizerError(ValueError):
     """A folder that is no tokenizer, a vocabulary that cannot be, or a text that is not Unicode."""
 
 
@@ -391,8 +389,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> Tokenizer:
     definition = json.loads(engine.to_str())
     for token in definition["added_tokens"]:
         token["special"] = token["content"] in CONTROL_TOKENS  # the trainer marks all of them
-    parts = (definition, _trained_config(definition["added_tokens"]))
-    return Tokenizer(*(json.dumps(part, ensure_ascii=False, indent=2) + "\n" for part in parts))
+    return Tokenizer(_dump_json(definition), _dump_json(_trained_config(definition["added_tokens"])))
 
 
 @cache
@@ -420,7 +417,7 @@ def _trained_config(added_tokens: list[dict[str, Any]]) -> dict[str, Any]:
 def _byte_alphabet() -> dict[str, int]:
     """Return the byte of each character in GPT-2's table: printable Latin-1 is itself, the others follow U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
+    others = sorted(set(range(256)) - set(printable))
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
@@ -432,6 +429,10 @@ def _parse_json(text: str, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TokenizerError(f"{name}: must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def _dump_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
 def _why_not_a_tokenizer(root: Path) -> str:
