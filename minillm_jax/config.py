@@ -287,7 +287,7 @@ class RunConfig:
     log_interval: int = 10
     """Steps between logged metrics."""
     eval_interval: int = 200
-    """Steps between validation losses; 0 for never."""
+    """Steps between validation losses, which saving measures as well; 0 for never."""
     sample_interval: int = 0
     """Steps between sample generations; 0 for never."""
     sample_prompts: tuple[str, ...] = ("Once upon a time", "Hello!")

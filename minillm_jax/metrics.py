@@ -228,6 +228,8 @@ class _Screen:
         if "loss" in self._latest:
             loss = get("loss")
             parts.append("loss not finite" if loss is None else f"loss {loss:.4f}")
+        if (valid_loss := get("valid_loss")) is not None:
+            parts.append(f"held out {valid_loss:.4f}")
         if (rate := get("tokens_per_second")) is not None:
             parts.append(f"{_short(rate)} tokens/s")
         if (mfu := get("mfu")) is not None:

@@ -95,7 +95,7 @@ def make_train_step(
 
     A step whose gradient is not finite changes nothing but the step count and the key; its metric `skipped` is 1.
     Metrics are
-    scalars: the loss function's means, `grad_norm` before clipping, `learning_rate`, `tokens` (trained weight),
+    scalars: the loss function's means, `grad_norm` before clipping, `learning_rate`, `trained_tokens` (the weight),
         `skipped`.
     """
 
@@ -111,7 +111,7 @@ def make_train_step(
         metrics |= {
             "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
-            "tokens": weight,
+            "trained_tokens": weight,
             "skipped": 1.0 - finite,
         }
 
@@ -309,15 +309,17 @@ class _Loop:
                 pending = (step, metrics)
                 self.clock_tokens += int((host_batch["segment_ids"] > 0).sum())
                 due_eval = job.run.eval_interval and step % job.run.eval_interval == 0
-                due_save = step % job.run.save_interval == 0 or step == self.total or stop.signum is not None
+                signum = stop.signum  # read once: a signal that comes later is seen after the next step
+                due_save = step % job.run.save_interval == 0 or step == self.total or signum is not None
                 due_sample = job.sample and job.run.sample_interval and step % job.run.sample_interval == 0
                 if due_eval or due_save or due_sample:
                     self._read(*pending)
                     pending = None
-                    self._between_steps(step, bool(due_eval), due_save, bool(due_sample), stop)
-                if stop.signum is not None:
+                    evaluate = bool(due_eval or (due_save and job.run.eval_interval)) and signum is None
+                    self._between_steps(step, evaluate, due_save, bool(due_sample))
+                if signum is not None:
                     self.logger.print(f"stopped by signal after step {step}; start again to go on from here")
-                    return 128 + stop.signum
+                    return 128 + signum
             if self.skipped_total:
                 self.logger.print(f"{self.skipped_total} steps were skipped for non-finite gradients")
         return 0
@@ -337,22 +339,23 @@ class _Loop:
                 f"{self.skipped_in_a_row} steps in a row up to step {step} had a non-finite gradient; "
                 "lower --learning_rate or raise --warmup_ratio, and look at the rows with train.inspect_data"
             )
-        if step % self.job.run.log_interval and step != self.total and step != self.start + 1:
-            return
         now = time.perf_counter()
-        if self.clock_tokens and step > self.start + 1:  # the first step compiles
+        compiling = step == self.start + 1
+        due_log = step % self.job.run.log_interval == 0 or step in (1, self.total)
+        if due_log and not compiling:
             rate = self.clock_tokens / (now - self.clock)
             values["tokens_per_second"] = rate
             if self.peak:
                 values["mfu"] = rate * self.flops / (self.peak * jax.device_count())
-        self.clock, self.clock_tokens = now, 0
-        values["skipped_steps"] = float(self.skipped_total)
-        self.logger.log(step, values)
+        if due_log or compiling:
+            self.clock, self.clock_tokens = now, 0
+        if due_log:
+            self.logger.log(step, values)
 
-    def _between_steps(self, step: int, evaluate: bool, save: bool, sample: bool, stop: StopRequest) -> None:
+    def _between_steps(self, step: int, evaluate: bool, save: bool, sample: bool) -> None:
         """Validate, sample and save: all that needs the device to itself, off the throughput clock."""
         paused = time.perf_counter()
-        if self.job.valid_rows is not None and (evaluate or (save and stop.signum is None)):
+        if self.job.valid_rows is not None and evaluate:
             self._validate(step)
         if sample and self.job.sample is not None:
             for text in self.job.sample(self.state["params"]):

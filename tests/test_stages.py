@@ -22,7 +22,7 @@ RUN = [
     "--max_seq_len",
     "96",
     "--log_interval",
-    "1",
+    "2",
     "--eval_interval",
     "5",
     "--save_interval",
@@ -98,7 +98,7 @@ def test_a_run_leaves_what_the_readme_promises(reference):
     names = {path.name for path in reference.iterdir()}
     assert {"config.json", "checkpoints", "tokenizer", "metrics.jsonl", "curves.png"} <= names
     rows = measured(reference)
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 17))
+    assert [row["step"] for row in rows if "loss" in row] == [1, *range(2, 17, 2)]
     assert rows[-1].keys() >= {"step", "valid_loss"} or rows[-2].keys() >= {"step", "valid_loss"}
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0]
