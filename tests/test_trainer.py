@@ -24,6 +24,8 @@ TINY = ModelConfig(
 )
 MOE = dataclasses.replace(TINY, use_moe=True, num_experts=3, moe_intermediate_size=16)
 KEY = jax.random.key(0)
+draw = jax.jit(init_params, static_argnums=0)
+accumulate = jax.jit(accumulate_gradients, static_argnums=(0, 5))
 
 
 def uneven_batch(rows=8, length=24, seed=0):
@@ -48,19 +50,18 @@ def uneven_batch(rows=8, length=24, seed=0):
 
 @pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
 def test_micro_batches_equal_one_batch_with_uneven_masks(config):
-    params = init_params(config, KEY)
+    params = draw(config, KEY)
     loss_fn = language_model_loss(config, ComputeConfig())
-    run = jax.jit(accumulate_gradients, static_argnums=(0, 5))
-    whole, weight, metrics = run(loss_fn, params, None, uneven_batch(), KEY, 1)
+    whole, weight, metrics = accumulate(loss_fn, params, None, uneven_batch(), KEY, 1)
     for parts in (2, 8):
-        grads, part_weight, part_metrics = run(loss_fn, params, None, uneven_batch(), KEY, parts)
+        grads, part_weight, part_metrics = accumulate(loss_fn, params, None, uneven_batch(), KEY, parts)
         assert float(part_weight) == float(weight)
         np.testing.assert_allclose(part_metrics["loss"][0], metrics["loss"][0], rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, whole)
 
 
 def make(config, optim=OptimConfig(learning_rate=1e-2), micro_batches=1):
-    params = init_params(config, KEY)
+    params = draw(config, KEY)
     optimizer = make_optimizer(optim, 100, params)
     step = make_train_step(
         language_model_loss(config, ComputeConfig()), optimizer, make_schedule(optim, 100), micro_batches
@@ -106,13 +107,13 @@ def test_gradient_norm_is_reported_before_clipping():
     state, step = make(TINY, OptimConfig(grad_clip=1e-4))
     reported = float(step(state, None, batch)[1]["grad_norm"])
     loss_fn = language_model_loss(TINY, ComputeConfig())
-    grads, weight, _ = accumulate_gradients(loss_fn, state["params"], None, batch, KEY, 1)
+    grads, weight, _ = accumulate(loss_fn, state["params"], None, batch, KEY, 1)
     assert reported == pytest.approx(float(global_norm(grads) / weight), rel=1e-5)
     assert reported > 1e-3
 
 
 def test_token_logprobs_are_those_of_the_softmax(monkeypatch):
-    params = init_params(TINY, KEY)
+    params = draw(TINY, KEY)
     batch = uneven_batch(rows=3, length=10)
     logits = forward(params, TINY, batch["tokens"])
     expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][..., None], -1)[..., 0]
@@ -120,7 +121,7 @@ def test_token_logprobs_are_those_of_the_softmax(monkeypatch):
 
 
 def test_chunked_cross_entropy_equals_whole(monkeypatch):
-    params = init_params(TINY, KEY)
+    params = draw(TINY, KEY)
     batch = uneven_batch(rows=3, length=10)
     hidden = jax.random.normal(KEY, (3, 10, TINY.hidden_size))
 
