@@ -160,6 +160,7 @@ class Checkpointer:
         unfinished = self.folder / f"{step}{UNFINISHED}"
         try:
             if jax.process_index() == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)  # late writes of a save that failed at this step
                 unfinished.mkdir()
             # Arrays reach host memory in this call. On CPU they are read in place: as long as somebody reads an array,
             # JAX gives a step that was donated it a new buffer instead.
