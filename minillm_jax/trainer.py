@@ -240,15 +240,16 @@ def train(job: Job) -> int:
     checkpointer = Checkpointer(
         job.run.out_dir, keep=job.run.keep, model_config=job.model, tokenizer_files=job.tokenizer_files
     )
+    peak = peak_flops(jax.devices()[0])  # may run a product on that device alone, so outside the mesh
     with jax.set_mesh(mesh), stop_on_signal() as stop, checkpointer:
-        return _Loop(job, mesh, checkpointer).run(stop)
+        return _Loop(job, mesh, checkpointer, peak).run(stop)
 
 
 class _Loop:
     """The loop's moving parts; lives for one call of `train`."""
 
-    def __init__(self, job: Job, mesh: Mesh, checkpointer: Checkpointer) -> None:
-        self.job, self.mesh, self.checkpointer = job, mesh, checkpointer
+    def __init__(self, job: Job, mesh: Mesh, checkpointer: Checkpointer, peak: float | None) -> None:
+        self.job, self.mesh, self.checkpointer, self.peak = job, mesh, checkpointer, peak
         self.total = job.total_steps
         schedule = make_schedule(job.optim, self.total)
         param_shardings = tree_shardings(mesh, job.param_axes)
@@ -298,7 +299,6 @@ class _Loop:
                 what = "resuming" if self.start < self.total else "nothing left to do in"
                 self.logger.print(f"{what} {job.run.out_dir} after step {self.start} of {self.total}")
             self.flops = flops_per_token(job.model, job.max_seq_len)
-            self.peak = peak_flops(jax.devices()[0])
             self.clock, self.clock_tokens = time.perf_counter(), 0
             pending: tuple[int, dict[str, jax.Array]] | None = None
             for step in range(self.start + 1, self.total + 1):

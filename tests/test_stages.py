@@ -14,6 +14,7 @@ from minillm_jax.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.slow
 
+STEPS = "60"  # enough to be killed in the middle
 WORDS = ("the", "a", "cat", "dog", "sees", "finds", "red", "blue", "house", "tree", "and", "under", "small", "old")
 SHAPE = ["--hidden_size", "16", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--num_key_value_heads", "1"]
 RUN = [
@@ -90,7 +91,7 @@ def logged_step(out_dir):
 def reference(corpus, tmp_path_factory):
     """A run that nothing disturbed."""
     out_dir = tmp_path_factory.mktemp("reference") / "run"
-    finished(run(corpus, "pretrain", out_dir, "--steps", "16", "--dropout", "0.1"))
+    finished(run(corpus, "pretrain", out_dir, "--steps", STEPS, "--dropout", "0.1"))
     return out_dir
 
 
@@ -98,7 +99,7 @@ def test_a_run_leaves_what_the_readme_promises(reference):
     names = {path.name for path in reference.iterdir()}
     assert {"config.json", "checkpoints", "tokenizer", "metrics.jsonl", "curves.png"} <= names
     rows = measured(reference)
-    assert [row["step"] for row in rows if "loss" in row] == [1, *range(2, 17, 2)]
+    assert [row["step"] for row in rows if "loss" in row] == [1, *range(2, int(STEPS) + 1, 2)]
     assert rows[-1].keys() >= {"step", "valid_loss"} or rows[-2].keys() >= {"step", "valid_loss"}
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0]
@@ -106,25 +107,25 @@ def test_a_run_leaves_what_the_readme_promises(reference):
 
 def test_a_run_killed_again_and_again_measures_what_an_undisturbed_one_does(corpus, reference, tmp_path):
     rng = random.Random(1)
-    for attempt, target in enumerate([4, 8, 11]):
+    for attempt, target in enumerate([6, 20, 34]):
         process = subprocess.Popen(
-            command(corpus, "pretrain", tmp_path / "run", "--steps", "16", "--dropout", "0.1"),
+            command(corpus, "pretrain", tmp_path / "run", "--steps", STEPS, "--dropout", "0.1"),
             env=environment(corpus), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 120
         while logged_step(tmp_path / "run") < target and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(rng.random() * 0.1)
+        time.sleep(rng.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"attempt {attempt} ended before it could be killed"
-    finished(run(corpus, "pretrain", tmp_path / "run", "--steps", "16", "--dropout", "0.1"))
+    finished(run(corpus, "pretrain", tmp_path / "run", "--steps", STEPS, "--dropout", "0.1"))
     assert measured(tmp_path / "run") == measured(reference)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_a_second_start_goes_on(corpus, reference, tmp_path, signum):
     process = subprocess.Popen(
-        command(corpus, "pretrain", tmp_path / "run", "--steps", "16", "--dropout", "0.1", "--save_interval", "1000"),
+        command(corpus, "pretrain", tmp_path / "run", "--steps", STEPS, "--dropout", "0.1", "--save_interval", "1000"),
         env=environment(corpus), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     while logged_step(tmp_path / "run") < 6 and process.poll() is None:
@@ -133,7 +134,7 @@ def test_a_signal_saves_and_a_second_start_goes_on(corpus, reference, tmp_path, 
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signum, output
     assert "start again to go on from here" in output
-    output = finished(run(corpus, "pretrain", tmp_path / "run", "--steps", "16", "--dropout", "0.1")).stdout
+    output = finished(run(corpus, "pretrain", tmp_path / "run", "--steps", STEPS, "--dropout", "0.1")).stdout
     assert "resuming" in output
     training = lambda folder: [row for row in measured(folder) if "loss" in row]
     assert training(tmp_path / "run") == training(reference)
@@ -141,13 +142,13 @@ def test_a_signal_saves_and_a_second_start_goes_on(corpus, reference, tmp_path, 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(corpus, reference, tmp_path):
     out_dir = tmp_path / "run"
-    finished(run(corpus, "pretrain", out_dir, "--steps", "16", "--dropout", "0.1", "--keep", "3"))
+    finished(run(corpus, "pretrain", out_dir, "--steps", STEPS, "--dropout", "0.1", "--keep", "3"))
     newest = max((out_dir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    result = finished(run(corpus, "pretrain", out_dir, "--steps", "16", "--dropout", "0.1", "--keep", "3"))
+    result = finished(run(corpus, "pretrain", out_dir, "--steps", STEPS, "--dropout", "0.1", "--keep", "3"))
     assert f"{newest.name}" in result.stdout
-    assert "after step 15 of 16" in result.stdout
+    assert "after step 57 of 60" in result.stdout
     assert measured(out_dir) == measured(reference)
 
 
@@ -190,7 +191,7 @@ def test_moe_pretraining_reports_its_router(corpus, tmp_path):
     ],
 )
 def test_resuming_with_other_settings_is_refused(corpus, reference, flags, message):
-    result = run(corpus, "pretrain", reference, "--steps", "16", "--dropout", "0.1", *flags)
+    result = run(corpus, "pretrain", reference, "--steps", STEPS, "--dropout", "0.1", *flags)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
