@@ -5,16 +5,23 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= out/demo
 
-.PHONY: demo test test-slow lint types lock clean
+.PHONY: demo test test-slow conformance golden lint types lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m train.demo --out_dir $(OUT)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not conformance"
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# Held against torch and transformers, live; and the stored numbers of tests/golden made anew.
+conformance: $(VENV)/.conformance
+	$(BIN)/python -m pytest -m conformance tests/conformance
+
+golden: $(VENV)/.conformance
+	$(BIN)/python tests/golden/make_golden.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -30,6 +37,12 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --require-hashes -r requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --editable .
+	touch $@
+
+# PyTorch comes by pip, which also finds wheels that lie on the machine; everything else keeps to the locked versions.
+$(VENV)/.conformance: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --constraint requirements.lock --editable '.[conformance]'
 	touch $@
 
 # Renew the locked versions; no index address is written.

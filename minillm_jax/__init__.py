@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minillm_jax.config import ComputeConfig as ComputeConfig
     from minillm_jax.config import ModelConfig as ModelConfig
+    from minillm_jax.hf import export_hf as export_hf
     from minillm_jax.lm import Completion as Completion
     from minillm_jax.lm import LanguageModel as LanguageModel
     from minillm_jax.lm import generate as generate
@@ -25,6 +26,7 @@ _HOMES = {
     "ModelConfig": "config",
     "Completion": "lm",
     "LanguageModel": "lm",
+    "export_hf": "hf",
     "generate": "lm",
     "load": "lm",
     "stream": "lm",

@@ -120,8 +120,9 @@ class ModelConfig:
     """Rescale the chosen experts' scores to sum to one."""
     router_aux_loss_coef: float = 0.01
     """Weight of the load-balancing loss."""
-    seq_aux: bool = True
-    """Balance load within each sequence (DeepSeek-V2) instead of over the whole batch (Switch)."""
+    router_aux_loss_scope: Literal["sequence", "batch", "model"] = "sequence"
+    """Where load is balanced: within each sequence (DeepSeek-V2) or over the whole batch (Switch), layer by layer; or
+    over the batch and all layers at once (Mixtral and Qwen3-MoE in transformers)."""
     router_z_loss_coef: float = 0.0
     """Weight of the squared log-partition of router logits (ST-MoE)."""
 
@@ -185,7 +186,7 @@ _MINIMIND3 = ModelConfig(
     num_experts_per_tok=1,
     n_shared_experts=0,
     router_aux_loss_coef=5e-4,
-    seq_aux=False,
+    router_aux_loss_scope="batch",
 )
 
 PRESETS: dict[str, ModelConfig] = {
@@ -393,7 +394,7 @@ FREE_MODEL_FIELDS = (
     "rope_scaling",
     "max_position_embeddings",
     "router_aux_loss_coef",
-    "seq_aux",
+    "router_aux_loss_scope",
     "router_z_loss_coef",
 )
 """Model fields that may differ from the checkpoint's: they leave its weights as they are."""

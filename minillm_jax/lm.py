@@ -1,7 +1,7 @@
 """A model as people use it: load it from a folder, generate with it.
 
-`load` reads a run folder or one of its checkpoints; what comes back is parameters, configuration and tokenizer, nothing
-that mutates.
+`load` reads a run folder, one of its checkpoints or a Hugging Face folder; what comes back is parameters, configuration
+and tokenizer, nothing that mutates.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minillm_jax.checkpoint import load_params, load_tokenizer_files
+import jax
+import jax.numpy as jnp
+
 from minillm_jax.config import ComputeConfig, ModelConfig
-from minillm_jax.model import Params
+from minillm_jax.model import Params, param_axes
+from minillm_jax.pretrained import load_params, load_tokenizer, read_model_config
 from minillm_jax.sampler import decode_stream
 from minillm_jax.sampling import SamplingParams
+from minillm_jax.sharding import make_mesh, tree_shardings
 from minillm_jax.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -44,14 +48,24 @@ class Completion:
     finish_reason: str
 
 
-def load(path: str | Path) -> LanguageModel:
-    """Load a model from a run folder or one of its checkpoints.
+def load(path: str | Path, *, dtype: str | None = None, mesh: str | None = None) -> LanguageModel:
+    """Load a model from a run folder, one of its checkpoints or a Hugging Face folder.
+
+    Args:
+        path: the folder. One without tokenizer files gives a model that takes and returns token ids only.
+        dtype: `float32`, `bfloat16` or another floating-point type that parameters are cast to while they are read;
+            `stored` keeps what the folder holds. None is float32 on CPU, which computes in it, and `stored` elsewhere.
+        mesh: how parameters are spread over devices, such as `fsdp=8`; None puts them on the first device.
 
     Raises:
         CheckpointError: the folder holds no checkpoint; the message says what was expected.
+        HfError: a Hugging Face folder holds something that is not implemented, or not all that is needed.
     """
-    config, params = load_params(path)
-    return LanguageModel(config, params, Tokenizer.from_files(load_tokenizer_files(path)))
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "stored"
+    shardings = None if mesh is None else tree_shardings(make_mesh(mesh), param_axes(read_model_config(path)))
+    config, params = load_params(path, dtype=None if dtype == "stored" else jnp.dtype(dtype), shardings=shardings)
+    return LanguageModel(config, params, load_tokenizer(path))
 
 
 class _Row:
@@ -59,7 +73,7 @@ class _Row:
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
         self.decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
-        self.eos = tokenizer.eos_token_id
+        self.ends = frozenset(tokenizer.eos_token_ids)
         self.sampling = sampling
         self.text, self.sent = "", 0
         self.token_ids: list[int] = []
@@ -70,7 +84,7 @@ class _Row:
         """Take one token; sets `finish_reason` when it ends the completion."""
         self.token_ids.append(token)
         self.logprobs.append(logprob)
-        if token == self.eos and not self.sampling.ignore_eos:
+        if token in self.ends and not self.sampling.ignore_eos:
             self.finish("stop")
             return
         self._append(self.decoder.push(token))
@@ -111,7 +125,7 @@ def _decode(
     """Yield the rows after every chunk, until all have ended."""
     rows = [_Row(lm.tokenizer, sampling) for _ in prompts]
     stream = decode_stream(
-        lm.params, lm.config, prompts, sampling, [lm.tokenizer.eos_token_id], seed=seed, compute=compute
+        lm.params, lm.config, prompts, sampling, lm.tokenizer.eos_token_ids, seed=seed, compute=compute
     )
     for tokens, logprobs in stream:
         for i, row in enumerate(rows):

@@ -2,8 +2,7 @@
 
 Tokens, positions and segments go in; hidden states, the cache and what routing has to say come out. Layers are
 scanned, so compile time does not grow with depth, and every parameter names its axes for `sharding.RULES`. Flax stays
-inside this
-file: the functions at its end are what the rest of the house calls.
+inside this file: the functions at its end are what the rest of the house calls.
 
 Axes: B batch, T query time, S key time, N heads, K key-value heads, H head size, D model, F hidden, V vocabulary, E
     experts.
@@ -25,7 +24,7 @@ from minillm_jax.attention import CHECKPOINT_NAME, attention
 from minillm_jax.cache import KVCache, write_layer, write_slots
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.matmul import matmul
-from minillm_jax.moe import auxiliary_loss, moe_mlp, route
+from minillm_jax.moe import auxiliary_loss, model_balancing_loss, moe_mlp, route
 from minillm_jax.rope import rope_tables, rotate
 from minillm_jax.sharding import constrain
 
@@ -203,8 +202,8 @@ class MoE(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return `[B, T, D]`, the auxiliary loss `[B, T]` and the load `[E]`."""
+    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, ...]:
+        """Return `[B, T, D]`, the auxiliary loss `[B, T]`, and load and mean scores `[E]`."""
         c = self.config
         flat = x.reshape(-1, x.shape[-1])
         logits = Linear(c.num_experts, ("embed", "norm"), c.initializer_range, name="router")(flat.astype(jnp.float32))
@@ -213,8 +212,7 @@ class MoE(nn.Module):
         y = moe_mlp(flat, gate, up, down, routing).reshape(x.shape)
         if c.n_shared_experts:
             y = y + MLP(c.n_shared_experts * c.expert_size, c, name="shared")(x)
-        loss, load = auxiliary_loss(routing, segment_ids, c)
-        return y, loss, load
+        return y, *auxiliary_loss(routing, segment_ids, c)
 
 
 @jax.tree_util.register_dataclass
@@ -320,7 +318,11 @@ class Transformer(nn.Module):
             _Table(head, (c.hidden_size, c.vocab_size), "kernel", name="lm_head")()
         if routed is None:
             return ModelOutput(x, cache, None, None)
-        return ModelOutput(x, cache, routed[0].sum(0), routed[1])
+        losses, load, mean_scores = routed
+        router_loss = losses.sum(0)
+        if c.router_aux_loss_scope == "model":
+            router_loss += model_balancing_loss(load, mean_scores, segment_ids, c)
+        return ModelOutput(x, cache, router_loss, load)
 
 
 class _Table(nn.Module):
@@ -405,6 +407,8 @@ def forward_hidden(
 def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Turn hidden states `[..., D]` into float32 logits `[..., V]`."""
     tied = config.tie_word_embeddings
+    if not tied and "lm_head" not in params:
+        raise ValueError("these parameters have no output head (a reward model's); see reward.reward_scores")
     head = params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"]
     return matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
 

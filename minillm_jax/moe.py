@@ -49,13 +49,16 @@ def route(logits: jax.Array, config: ModelConfig) -> Routing:
     return Routing(experts, weights, shares, logits)
 
 
-def auxiliary_loss(routing: Routing, segment_ids: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Load-balancing loss and router z-loss, spread over tokens.
+def auxiliary_loss(
+    routing: Routing, segment_ids: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Load-balancing loss and router z-loss of one layer, spread over tokens.
 
     The balancing loss of a group of tokens is `E * sum_e f_e P_e` with `f_e` the share of assignments and `P_e` the
-    mean score of expert e. A group is one segment (`seq_aux`, DeepSeek-V2, arXiv:2405.04434) or the whole batch
-    (Switch, arXiv:2101.03961). Each token carries its group's loss, so that weighting tokens and summing is exact for
-    packed rows and for accumulated micro-batches.
+    mean score of expert e. A group is one segment (DeepSeek-V2, arXiv:2405.04434) or the whole batch (Switch,
+    arXiv:2101.03961), as `router_aux_loss_scope` says; `model` leaves balancing to `model_balancing_loss`. Each token
+    carries its group's loss, so that weighting tokens and summing is exact for packed rows and for accumulated
+    micro-batches.
 
     Args:
         routing: of the M = B * T tokens of a batch.
@@ -63,7 +66,8 @@ def auxiliary_loss(routing: Routing, segment_ids: jax.Array, config: ModelConfig
         config: coefficients and the choice of group.
 
     Returns:
-        `[B, T]` float32 loss per token, coefficients included, and `[E]` the share of assignments each expert received.
+        `[B, T]` float32 loss per token, coefficients included; `[E]` the share of assignments each expert received;
+        `[E]` each expert's mean score.
     """
     batch, length = segment_ids.shape
     experts = config.num_experts
@@ -71,18 +75,42 @@ def auxiliary_loss(routing: Routing, segment_ids: jax.Array, config: ModelConfig
     chosen = jax.nn.one_hot(routing.experts, experts, dtype=jnp.float32).sum(1) * real[:, None]  # [M, E]
     scores = routing.scores * real[:, None]
     total = jnp.maximum(real.sum(), 1.0)
-    load = chosen.sum(0) / (total * config.num_experts_per_tok)
-    if config.seq_aux:
+    load, mean_scores = chosen.sum(0) / (total * config.num_experts_per_tok), scores.sum(0) / total
+    if config.router_aux_loss_scope == "sequence":
         groups = (segment_ids + (length + 1) * jnp.arange(batch)[:, None]).reshape(-1)
         group_sum = functools.partial(jax.ops.segment_sum, segment_ids=groups, num_segments=batch * (length + 1))
         count = jnp.maximum(group_sum(real), 1.0)[:, None]
         share = group_sum(chosen) / (count * config.num_experts_per_tok)  # [B * (T + 1), E]
         balance = (experts * share * group_sum(scores) / count).sum(-1)[groups]
+    elif config.router_aux_loss_scope == "batch":
+        balance = jnp.broadcast_to(experts * (load * mean_scores).sum(), real.shape)
     else:
-        balance = jnp.broadcast_to(experts * (load * scores.sum(0) / total).sum(), real.shape)
+        balance = jnp.zeros_like(real)
     z = jax.nn.logsumexp(routing.logits, axis=-1) ** 2
     loss = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
-    return (loss * real).reshape(batch, length), jax.lax.stop_gradient(load)
+    return (loss * real).reshape(batch, length), jax.lax.stop_gradient(load), mean_scores
+
+
+def model_balancing_loss(
+    load: jax.Array, mean_scores: jax.Array, segment_ids: jax.Array, config: ModelConfig
+) -> jax.Array:
+    """Load-balancing loss over all layers at once, as `transformers` has it for Mixtral and Qwen3-MoE.
+
+    `E * sum_e f_e P_e`, where `f_e` and `P_e` are means over all layers and tokens, and `f_e` counts assignments: it
+    sums to `num_experts_per_tok` instead of 1.
+
+    Args:
+        load: `[L, E]` from `auxiliary_loss`; likewise mean_scores.
+        mean_scores: `[L, E]`.
+        segment_ids: `[B, T]`; padding (0) does not count.
+        config: the coefficient.
+
+    Returns:
+        `[B, T]` float32, the same for every token that counts.
+    """
+    counts = config.num_experts_per_tok * load.mean(0)
+    balance = config.num_experts * (counts * mean_scores.mean(0)).sum()
+    return config.router_aux_loss_coef * balance * (segment_ids > 0)
 
 
 def moe_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, routing: Routing) -> jax.Array:

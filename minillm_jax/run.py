@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from minillm_jax.checkpoint import load_params, load_tokenizer_files
 from minillm_jax.config import (
     ComputeConfig,
     ConfigError,
@@ -27,11 +28,12 @@ from minillm_jax.config import (
     RunConfig,
     to_json,
 )
-from minillm_jax.data import load_rows
+from minillm_jax.data import Rows, load_rows
 from minillm_jax.lm import LanguageModel
 from minillm_jax.losses import LossFn
 from minillm_jax.metrics import plot_curves
 from minillm_jax.model import Params, init_params, param_axes
+from minillm_jax.pretrained import load_params, load_tokenizer
 from minillm_jax.tokenizer import Tokenizer
 from minillm_jax.trainer import Job, train
 
@@ -83,7 +85,7 @@ def open_run(config: StageConfig) -> Run:
     folder = Path(config.run.out_dir)
     saved_path = folder / "config.json"
     if config.run.overwrite:
-        _clear(folder)
+        clear_run(folder)
     tokenizer = _find_tokenizer(config.run, folder)
     model = _fit_vocabulary(config.model, tokenizer, config.run.model_path).resolved()
     settings = json.loads(to_json(config))
@@ -95,11 +97,16 @@ def open_run(config: StageConfig) -> Run:
         raise ConfigError(f"--out_dir {folder} is neither empty nor a run; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / "tokenizer")
-    _write_atomically(saved_path, json.dumps(settings, indent=2) + "\n")
+    write_atomically(saved_path, json.dumps(settings, indent=2) + "\n")
     return Run(folder, model, tokenizer)
 
 
-def _clear(folder: Path) -> None:
+def clear_run(folder: Path) -> None:
+    """Delete a run folder, if there is one.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
     if not folder.exists():
         return
     if not (folder / "config.json").exists() and any(folder.iterdir()):
@@ -111,7 +118,7 @@ def _find_tokenizer(run: RunConfig, folder: Path) -> Tokenizer:
     if run.tokenizer_path is not None:
         return Tokenizer.load(run.tokenizer_path)
     if run.model_path is not None:
-        return Tokenizer.from_files(load_tokenizer_files(run.model_path))
+        return load_tokenizer(run.model_path)
     if (folder / "tokenizer").exists():
         return Tokenizer.load(folder / "tokenizer")
     raise ConfigError("--tokenizer_path is needed when there is no --model_path; make one with train.tokenizer")
@@ -142,7 +149,8 @@ def _check_same_run(saved: dict[str, Any], asked: dict[str, Any], folder: Path) 
                 )
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
@@ -152,7 +160,7 @@ def initial_params(run: Run, config: RunConfig) -> Callable[[Any], Params]:
     """Make the function that gives a job its first parameters: loaded from `model_path`, or drawn from the seed."""
     if config.model_path is not None:
         path = config.model_path
-        return lambda shardings: load_params(path, shardings=shardings)[1]
+        return lambda shardings: load_params(path, dtype=jnp.float32, shardings=shardings)[1]
     draw = partial(init_params, run.model)
     return lambda shardings: jax.jit(draw, out_shardings=shardings)(jax.random.key(config.seed))
 
@@ -189,6 +197,33 @@ def train_on_rows(
         valid_fraction=data.valid_fraction,
         valid_path=data.valid_path,
     )
+    return run_job(config, run, loss_fn, train_rows, valid_rows, sample=sample)
+
+
+def run_job(
+    config: StageConfig,
+    run: Run,
+    loss_fn: LossFn,
+    train_rows: Rows,
+    valid_rows: Rows | None,
+    *,
+    make_frozen: Callable[[Mesh], Any] | None = None,
+    sample: Callable[[LanguageModel], list[str]] | None = None,
+) -> int:
+    """Train the model of a run.
+
+    Args:
+        config: the stage's configuration.
+        run: its open folder.
+        loss_fn: the loss.
+        train_rows: rows to learn from.
+        valid_rows: held-out rows, or None.
+        make_frozen: makes the loss's argument that is not trained, on the mesh.
+        sample: texts to show every `sample_interval` steps.
+
+    Returns:
+        The exit status of the stage.
+    """
     key = jax.random.key(config.run.seed)
     job = Job(
         run=config.run,
@@ -200,10 +235,11 @@ def train_on_rows(
         param_axes=param_axes(run.model),
         train_rows=train_rows,
         valid_rows=valid_rows,
-        batch_size=data.batch_size,
-        max_seq_len=data.max_seq_len,
+        batch_size=config.data.batch_size,
+        max_seq_len=config.data.max_seq_len,
         tokenizer_files=run.tokenizer.files(),
         settings=json.loads(to_json(config)),
+        make_frozen=make_frozen,
         sample=None if sample is None else lambda params: sample(LanguageModel(run.model, params, run.tokenizer)),
     )
     status = train(job)

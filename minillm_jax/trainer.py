@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minillm_jax.checkpoint import Checkpointer
 from minillm_jax.config import ModelConfig, OptimConfig, RunConfig
-from minillm_jax.data import eval_batches, make_iterator
+from minillm_jax.data import Rows, eval_batches, make_iterator
 from minillm_jax.errors import UserError
 from minillm_jax.losses import Batch, LossFn
 from minillm_jax.metrics import MetricsLogger, flops_per_token, peak_flops
@@ -188,7 +188,7 @@ class Job:
         max_seq_len: tokens per row.
         tokenizer_files: saved inside every checkpoint.
         settings: everything that was set, for the loggers.
-        frozen: argument of the loss that is not trained.
+        make_frozen: makes (or loads) the argument of the loss that is not trained, on the mesh; None for none.
         sample: returns sample texts of the given parameters, or None.
     """
 
@@ -199,13 +199,13 @@ class Job:
     init_params: Callable[[Any], Params]
     param_shapes: Params
     param_axes: Any
-    train_rows: Any
-    valid_rows: Any
+    train_rows: Rows
+    valid_rows: Rows | None
     batch_size: int
     max_seq_len: int
     tokenizer_files: dict[str, str]
     settings: dict[str, Any]
-    frozen: Any = None
+    make_frozen: Callable[[Mesh], Any] | None = None
     sample: Callable[[Params], list[str]] | None = None
 
     @property
@@ -270,6 +270,7 @@ class _Loop:
             restored = make(job.init_params(param_shardings))
         self.state: TrainState = restored
         self.start = int(self.state["step"])
+        self.frozen = None if job.make_frozen is None else job.make_frozen(mesh)
         step = make_train_step(job.loss_fn, optimizer, schedule, job.run.accumulation_steps)
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         self.eval_step = jax.jit(make_eval_step(job.loss_fn))
@@ -303,7 +304,7 @@ class _Loop:
             pending: tuple[int, dict[str, jax.Array]] | None = None
             for step in range(self.start + 1, self.total + 1):
                 host_batch = next(self.iterator)
-                self.state, metrics = self.train_step(self.state, job.frozen, put_batch(host_batch, self.mesh))
+                self.state, metrics = self.train_step(self.state, self.frozen, put_batch(host_batch, self.mesh))
                 if pending is not None:
                     self._read(*pending)
                 pending = (step, metrics)
@@ -355,7 +356,7 @@ class _Loop:
     def _between_steps(self, step: int, evaluate: bool, save: bool, sample: bool) -> None:
         """Validate, sample and save: all that needs the device to itself, off the throughput clock."""
         paused = time.perf_counter()
-        if self.job.valid_rows is not None and evaluate:
+        if evaluate:
             self._validate(step)
         if sample and self.job.sample is not None:
             for text in self.job.sample(self.state["params"]):
@@ -367,11 +368,12 @@ class _Loop:
         self.clock += time.perf_counter() - paused
 
     def _validate(self, step: int) -> None:
-        if self.valid_loss is not None and self.valid_loss[0] == step:
+        rows = self.job.valid_rows
+        if rows is None or (self.valid_loss is not None and self.valid_loss[0] == step):
             return
         totals: dict[str, tuple[float, float]] = {}
-        for batch in eval_batches(self.job.valid_rows, self.job.batch_size):
-            sums = jax.device_get(self.eval_step(self.state["params"], self.job.frozen, put_batch(batch, self.mesh)))
+        for batch in eval_batches(rows, self.job.batch_size):
+            sums = jax.device_get(self.eval_step(self.state["params"], self.frozen, put_batch(batch, self.mesh)))
             for name, (value, weight) in sums.items():
                 old = totals.get(name, (0.0, 0.0))
                 totals[name] = (old[0] + float(value), old[1] + float(weight))

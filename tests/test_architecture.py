@@ -10,21 +10,24 @@ LIBRARY = ROOT / "minillm_jax"
 RANK = [
     "errors",
     "config",
+    "hf_config",
     "tokenizer chat data",
     "cache sharding flops matmul rope cli",
     "attention moe",
     "model",
-    "lora losses optim sampling metrics",
-    "checkpoint_files sampler hf",
+    "lora losses optim sampling metrics reward hf_tensors",
+    "checkpoint_files sampler",
     "checkpoint",
+    "pretrained",
     "trainer lm",
     "scoring run",
+    "hf",
     "evaluation",
 ]
 """Modules of the library; each imports only those of earlier lines, and tokenizer, chat and data one another."""
 RANK_OF = {name: rank for rank, names in enumerate(RANK) for name in names.split()}
 TOGETHER = {"tokenizer", "chat", "data"}
-WITHOUT_JAX = {"errors", "config", "tokenizer", "chat", "data"}
+WITHOUT_JAX = {"errors", "config", "hf_config", "tokenizer", "chat", "data"}
 FILES = [p for folder in ("minillm_jax", "train", "rl", "serve") for p in (ROOT / folder).rglob("*.py")]
 
 

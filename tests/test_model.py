@@ -153,7 +153,7 @@ CHANGES = {
     "scoring_func": "sigmoid",
     "norm_topk_prob": False,
     "router_aux_loss_coef": 0.5,
-    "seq_aux": False,
+    "router_aux_loss_scope": "batch",
     "router_z_loss_coef": 0.5,
 }
 

@@ -92,10 +92,10 @@ def test_auxiliary_loss_is_that_of_each_segment_or_of_the_batch():
     expected = np.zeros(12)
     for group in groups:
         expected[group] = balance_of(routing, group, 4, 2)
-    loss, load = moe.auxiliary_loss(routing, segment_ids, config)
+    loss, load, _ = moe.auxiliary_loss(routing, segment_ids, config)
     np.testing.assert_allclose(loss.reshape(-1), expected, rtol=1e-5)
     real = [t for group in groups for t in group]
-    whole, _ = moe.auxiliary_loss(routing, segment_ids, dataclasses.replace(config, seq_aux=False))
+    whole, *_ = moe.auxiliary_loss(routing, segment_ids, dataclasses.replace(config, router_aux_loss_scope="batch"))
     np.testing.assert_allclose(whole.reshape(-1)[jnp.asarray(real)], balance_of(routing, real, 4, 2), rtol=1e-5)
     assert float(load.sum()) == pytest.approx(1.0)
     np.testing.assert_allclose(
@@ -103,10 +103,24 @@ def test_auxiliary_loss_is_that_of_each_segment_or_of_the_batch():
     )
 
 
+def test_balancing_over_the_model_pools_layers_and_counts_assignments():
+    config = dataclasses.replace(CONFIG, router_aux_loss_coef=0.5, router_aux_loss_scope="model")
+    segment_ids = jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 0, 0]])
+    real = np.flatnonzero(segment_ids)
+    layers = [moe.route(jax.random.normal(jax.random.key(i), (12, 4)) * 3, config) for i in range(3)]
+    parts = [moe.auxiliary_loss(routing, segment_ids, config) for routing in layers]
+    assert not any(loss.any() for loss, _, _ in parts)
+    load, scores = (jnp.stack([part[i] for part in parts]) for i in (1, 2))
+    loss = moe.model_balancing_loss(load, scores, segment_ids, config)
+    counts = [np.mean([(np.asarray(r.experts)[real] == e).sum(-1) for r in layers]) for e in range(4)]
+    means = np.mean([np.asarray(r.scores)[real].mean(0) for r in layers], axis=0)
+    np.testing.assert_allclose(loss, 0.5 * 4 * np.dot(counts, means) * (segment_ids > 0), rtol=1e-5)
+
+
 def test_z_loss_is_the_squared_log_partition():
     config = dataclasses.replace(CONFIG, router_aux_loss_coef=0.0, router_z_loss_coef=0.5)
     logits = jnp.log(jnp.asarray([[1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0]]))
-    loss, _ = moe.auxiliary_loss(moe.route(logits, config), jnp.asarray([[1, 0]]), config)
+    loss, *_ = moe.auxiliary_loss(moe.route(logits, config), jnp.asarray([[1, 0]]), config)
     np.testing.assert_allclose(loss, [[0.5 * np.log(10) ** 2, 0.0]], rtol=1e-5)
 
 

@@ -12,11 +12,11 @@ import sys
 from dataclasses import dataclass
 
 from minillm_jax.chat import render
-from minillm_jax.checkpoint import read_model_config
 from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ComputeConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, parse_cli
 from minillm_jax.lm import LanguageModel, generate
 from minillm_jax.losses import language_model_loss
+from minillm_jax.pretrained import read_model_config
 from minillm_jax.run import open_run, train_on_rows
 from minillm_jax.sampling import SamplingParams
 

@@ -3,6 +3,7 @@
 from minillm_jax.data.encode import tokenize_file as tokenize_file
 from minillm_jax.data.errors import DataError as DataError
 from minillm_jax.data.errors import SkipReport as SkipReport
+from minillm_jax.data.loader import Rows as Rows
 from minillm_jax.data.loader import TokenRows as TokenRows
 from minillm_jax.data.loader import eval_batches as eval_batches
 from minillm_jax.data.loader import load_rows as load_rows

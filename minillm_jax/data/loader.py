@@ -11,14 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from minillm_jax.data.documents import Documents, concatenate_documents
 from minillm_jax.data.encode import Report, cache_folder, tokenize_file
 from minillm_jax.data.errors import DataError, OnBadRow, SkipReport
-from minillm_jax.data.packing import Batch, PackPlan, concatenate_plans, empty_batch, gather_rows, plan_packing
+from minillm_jax.data.packing import Batch, PackPlan, concatenate_plans, gather_rows, plan_packing
 from minillm_jax.data.sources import Source, resolve_sources
 from minillm_jax.tokenizer import Tokenizer
 
@@ -30,6 +30,20 @@ class Share:
     first: int
     stop: int
     weight: float
+
+
+class Rows(Protocol):
+    """What can be trained on: rows with random access. `TokenRows` are the usual ones."""
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """One for all rows together, or one for each weighted path."""
+
+    def __len__(self) -> int:
+        """Rows, which is also the length of an epoch."""
+
+    def gather(self, indices: Sequence[int]) -> Batch:
+        """Return rows as arrays [B, ...]; one of zeros is padding."""
 
 
 @dataclass(frozen=True)
@@ -259,9 +273,7 @@ class _EpochOrder:
         return int(self._permutation(epoch)[position])
 
 
-def make_iterator(
-    rows: TokenRows, rows_per_step: int, seed: int, process_index: int = 0, process_count: int = 1
-) -> Any:
+def make_iterator(rows: Rows, rows_per_step: int, seed: int, process_index: int = 0, process_count: int = 1) -> Any:
     """Draw batches for ever, in an order that is shuffled anew each epoch.
 
     Without weights each row occurs exactly once an epoch; batches run on across the end of one, so that no row is lost.
@@ -275,7 +287,7 @@ def make_iterator(
         process_count: processes that share each step's rows evenly.
 
     Returns:
-        A grain iterator of batches [B / process_count, T]. Its `get_state()` is a small JSON-able dict; after
+        A grain iterator of batches [B / process_count, ...]. Its `get_state()` is a small JSON-able dict; after
         `set_state` with it, another iterator continues with the very next batch.
 
     Raises:
@@ -295,10 +307,10 @@ def make_iterator(
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def eval_batches(rows: TokenRows, batch_size: int) -> Iterator[Batch]:
-    """Go through all rows once, in order; the last batch [B, T] is filled up with empty rows of weight 0."""
+def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
+    """Go through all rows once, in order; the last batch [B, ...] is filled up with rows of zeros."""
     for first in range(0, len(rows), batch_size):
         indices = range(first, min(first + batch_size, len(rows)))
+        missing = batch_size - len(indices)
         batch = rows.gather(indices)
-        padding = empty_batch(batch_size - len(indices), rows.plan.seq_len)
-        yield {name: np.concatenate([array, padding[name]]) for name, array in batch.items()}
+        yield {name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) for name, array in batch.items()}

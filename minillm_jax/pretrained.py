@@ -1,0 +1,95 @@
+"""Models on disk: whatever `--model_path` names, a run, one of its checkpoints or a Hugging Face folder.
+
+A path goes in; the model's shape, its parameters or its tokenizer come out, in the same form for each kind of folder.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from minillm_jax import checkpoint
+from minillm_jax.checkpoint import Report
+from minillm_jax.config import ModelConfig
+from minillm_jax.hf_config import HfError, is_classifier, model_config_from_hf
+from minillm_jax.hf_tensors import read_params
+from minillm_jax.model import Params
+from minillm_jax.tokenizer import Tokenizer
+from minillm_jax.tokenizer_missing import MissingTokenizer
+
+CONFIG_FILE, GENERATION_CONFIG_FILE = "config.json", "generation_config.json"
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any] | None:
+    """Read the `config.json` of a Hugging Face folder; None when the folder is of another kind.
+
+    Raises:
+        HfError: the folder has weights but no configuration, or one that is not JSON.
+    """
+    file = Path(path) / CONFIG_FILE
+    if not file.is_file():
+        if any(Path(path).glob("*.safetensors")):
+            raise HfError(f"{path}: has weights but no {CONFIG_FILE}")
+        return None
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise HfError(f"{file}: is not JSON ({error})") from error
+    return values if isinstance(values, dict) and {"model_type", "architectures"} & set(values) else None
+
+
+def read_model_config(path: str | Path) -> ModelConfig:
+    """Read a model's shape.
+
+    Raises:
+        HfError, CheckpointError: the folder holds no model, or one that cannot be read.
+    """
+    values = read_hf_config(path)
+    return checkpoint.read_model_config(path) if values is None else _in_folder(path, values)
+
+
+def load_params(
+    path: str | Path, *, dtype: Any = None, shardings: Any = None, report: Report = warnings.warn
+) -> tuple[ModelConfig, Params]:
+    """Load a model's shape and parameters; see `checkpoint.load_params` and `hf_tensors.read_params`.
+
+    Args:
+        path: the folder.
+        dtype: what to cast parameters to while reading; None keeps what is stored.
+        shardings: tree like the parameters; None puts them on the first device.
+        report: called with one sentence per damaged checkpoint that was passed over.
+
+    Raises:
+        HfError, CheckpointError: the folder holds no model, or one that cannot be read.
+    """
+    values = read_hf_config(path)
+    if values is None:
+        return checkpoint.load_params(path, dtype=dtype, shardings=shardings, report=report)
+    config = _in_folder(path, values)
+    return config, read_params(Path(path), config, scored=is_classifier(values), dtype=dtype, shardings=shardings)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a model's tokenizer; a Hugging Face folder without one gives a `MissingTokenizer`.
+
+    Raises:
+        CheckpointError, TokenizerError: there is none, or it cannot be read.
+    """
+    values = read_hf_config(path)
+    if values is None:
+        return Tokenizer.from_files(checkpoint.load_tokenizer_files(path))
+    if (Path(path) / "tokenizer.json").is_file():
+        return Tokenizer.load(path)
+    file = Path(path) / GENERATION_CONFIG_FILE
+    ends = (json.loads(file.read_text("utf-8")) if file.is_file() else values).get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return MissingTokenizer.for_model(_in_folder(path, values).vocab_size, ends)
+
+
+def _in_folder(path: str | Path, values: dict[str, Any]) -> ModelConfig:
+    try:
+        return model_config_from_hf(values)
+    except HfError as error:
+        raise HfError(f"{path}: {error}") from error
