@@ -38,8 +38,7 @@ from minillm_jax.model import Params, forward
 from minillm_jax.pretrained import CONFIG_FILE, GENERATION_CONFIG_FILE, load_params, load_tokenizer, read_hf_config
 from minillm_jax.reward import reward_scores
 from minillm_jax.run import clear_run, write_atomically
-from minillm_jax.tokenizer import Tokenizer
-from minillm_jax.tokenizer_missing import MissingTokenizer
+from minillm_jax.tokenizer import MissingTokenizer, Tokenizer
 
 UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 CHECK_ROWS, CHECK_TOKENS = 2, 32

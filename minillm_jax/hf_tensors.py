@@ -288,7 +288,7 @@ def _check_tensors(files: TensorFiles, expected: Mapping[str, tuple[int, ...]], 
 def _check_tied_head(files: TensorFiles) -> None:
     head, table = files.shape["lm_head.weight"], files.shape.get("model.embed_tokens.weight")
     rows = 2**24 // max(1, math.prod(head[1:]))
-    blocks = [(slice(i, i + rows), slice(None)) for i in range(0, head[0], rows)]
+    blocks = [(slice(i, min(i + rows, head[0])), slice(None)) for i in range(0, head[0], rows)]
     same = head == table and all(
         np.array_equal(files.read("lm_head.weight", b), files.read("model.embed_tokens.weight", b)) for b in blocks
     )

@@ -16,8 +16,7 @@ from minillm_jax.config import ModelConfig
 from minillm_jax.hf_config import HfError, is_classifier, model_config_from_hf
 from minillm_jax.hf_tensors import read_params
 from minillm_jax.model import Params
-from minillm_jax.tokenizer import Tokenizer
-from minillm_jax.tokenizer_missing import MissingTokenizer
+from minillm_jax.tokenizer import MissingTokenizer, Tokenizer
 
 CONFIG_FILE, GENERATION_CONFIG_FILE = "config.json", "generation_config.json"
 
@@ -85,7 +84,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file = Path(path) / GENERATION_CONFIG_FILE
     ends = (json.loads(file.read_text("utf-8")) if file.is_file() else values).get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    return MissingTokenizer.for_model(_in_folder(path, values).vocab_size, ends)
+    vocab_size = _in_folder(path, values).vocab_size
+    return MissingTokenizer.for_model(vocab_size, [end for end in ends if end < vocab_size])
 
 
 def _in_folder(path: str | Path, values: dict[str, Any]) -> ModelConfig:

@@ -13,50 +13,44 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
-"""Ids 0, 1, 2: padding, begin, end. Only rendering produces them; their spelling in user text stays text."""
-TAG_TOKENS = tuple(
-    f"<{slash}{tag}>" for tag in ("think", "answer", "tool_call", "tool_response") for slash in ("", "/")
+from minillm_jax.tokenizer_files import (
+    CONFIG,
+    DEFINITION,
+    GENERATION,
+    added_by_configuration,
+    byte_alphabet,
+    configuration,
+    dump_json,
+    end_ids,
+    parse_json,
+    read_folder,
+    remove_overriding,
+    why_not_unicode,
 )
-"""Ids 3 to 10: markup that a model writes itself, so each is one token wherever it occurs."""
-MIN_VOCAB_SIZE = len(CONTROL_TOKENS) + len(TAG_TOKENS) + 256
-
-# English contractions; words with their leading space and combining marks; digits one at a time, because a small model
-# learns arithmetic more easily if a digit is always the same token; punctuation; line ends with the blanks before them;
-# runs of blanks, leaving one for the next word. The atomic group keeps millions of blanks from exhausting the engine.
-_WORDS = "|".join(
-    [
-        r"['’](?:[sdmt]|ll|ve|re)(?![\p{L}\p{M}])",
-        r" ?[\p{L}\p{M}]+",
-        r"\p{N}",
-        r" ?[^\s\p{L}\p{M}\p{N}]+",
-        r"(?>[^\S\r\n]*)[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
-
-
-class TokenizerError(ValueError):
-    """A folder that is no tokenizer, a vocabulary that cannot be, or a text that is not Unicode."""
+from minillm_jax.tokenizer_files import TokenizerError as TokenizerError
+from minillm_jax.tokenizer_training import CONTROL_TOKENS as CONTROL_TOKENS
+from minillm_jax.tokenizer_training import END_OF_TEXT, learn
+from minillm_jax.tokenizer_training import IM_END as IM_END
+from minillm_jax.tokenizer_training import IM_START as IM_START
+from minillm_jax.tokenizer_training import MIN_VOCAB_SIZE as MIN_VOCAB_SIZE
+from minillm_jax.tokenizer_training import TAG_TOKENS as TAG_TOKENS
+from minillm_jax.tokenizer_training import default_chat_template as default_chat_template
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """A vocabulary with its chat template, as an immutable value: two are equal when their files are.
 
-    Reads any `tokenizer.json`. Settings that would make ids depend on chance or length (BPE dropout, truncation,
-    padding) are ignored. `config_json` includes the chat template.
+    Reads any `tokenizer.json` by its own rules, where `transformers` has others for some (`LlamaTokenizer`). Settings
+    that would make ids depend on chance or length (BPE dropout, truncation, padding) are ignored. `config_json`
+    includes the chat template, and end tokens of generation_config.json as `eos_token_ids`.
     """
 
     tokenizer_json: str = field(repr=False)
@@ -66,18 +60,13 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         """Read a folder that holds tokenizer.json, ours or anyone's, or a run folder that holds such a folder.
 
-        The template is `chat_template.jinja` if there is one, else `chat_template` of tokenizer_config.json.
+        Chat templates in files of their own win over those of tokenizer_config.json; the end tokens of a model are
+        those of `generation_config.json`, if it stands in the folder.
 
         Raises:
             TokenizerError: the folder is missing, holds no tokenizer.json, or one that cannot be read.
         """
-        root = Path(folder)
-        if not (root / "tokenizer.json").is_file() and (root / "tokenizer" / "tokenizer.json").is_file():
-            root = root / "tokenizer"
-        if not (root / "tokenizer.json").is_file():
-            raise TokenizerError(_why_not_a_tokenizer(root))
-        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-        files = {name: (root / name).read_text("utf-8") for name in names if (root / name).is_file()}
+        root, files = read_folder(folder)
         try:
             return cls.from_files(files)
         except TokenizerError as error:
@@ -88,32 +77,33 @@ class Tokenizer:
         """Build a tokenizer from file contents by file name, as `files()` returns them.
 
         Raises:
-            TokenizerError: tokenizer.json is missing or malformed, or no end token can be found.
+            TokenizerError: tokenizer.json is missing or malformed, no end token can be found, or one of those that
+                generation_config.json lists is not in the vocabulary.
         """
-        if "tokenizer.json" not in files:
+        if DEFINITION not in files:
             raise TokenizerError("tokenizer.json is missing")
-        config_text = files.get("tokenizer_config.json", "{}")
-        if "chat_template.jinja" in files:
-            config = _parse_json(config_text, "tokenizer_config.json") | {"chat_template": files["chat_template.jinja"]}
-            config_text = _dump_json(config)
-        tokenizer = cls(files["tokenizer.json"], config_text)
-        _ = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.chat_template  # malformed files fail here
+        tokenizer = cls(files[DEFINITION], configuration(files))
+        listed = parse_json(files.get(GENERATION, "{}"), GENERATION).get("eos_token_id")
+        if ends := end_ids(listed, tokenizer.vocab_size, f"{GENERATION}: eos_token_id"):
+            tokenizer = tokenizer._ending_with(ends)
+        # Malformed files fail here.
+        _ = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.chat_template
         return tokenizer
 
     def files(self) -> dict[str, str]:
         """Return the file contents that make this tokenizer, by file name."""
-        return {"tokenizer.json": self.tokenizer_json, "tokenizer_config.json": self.config_json}
+        return {DEFINITION: self.tokenizer_json, CONFIG: self.config_json}
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load` and `transformers.AutoTokenizer` read; a crash leaves no half-written file."""
-        root = Path(folder)
+        root, files = Path(folder), self.files()
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".saving-") as temporary:
-            for name, text in self.files().items():
+            for name, text in files.items():
                 (Path(temporary) / name).write_text(text, "utf-8")
-            for name in self.files():
+            for name in files:
                 (Path(temporary) / name).replace(root / name)
-        (root / "chat_template.jinja").unlink(missing_ok=True)  # of an earlier tokenizer; it would win over ours
+        remove_overriding(root)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str]]:
         """Pickle the two strings: a pickled engine would forget that it must not see control tokens."""
@@ -179,6 +169,12 @@ class Tokenizer:
         return found[0]
 
     @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a turn, each once: `eos_token_id`, then what the model's generation settings add."""
+        listed = end_ids(self._config.get("eos_token_ids"), self.vocab_size, f"{CONFIG}: eos_token_ids")
+        return tuple(dict.fromkeys([self.eos_token_id, *listed]))
+
+    @cached_property
     def bos_token_id(self) -> int:
         """Begin of a document: `bos_token` of the configuration; a tokenizer without one begins with its end token."""
         return self._id_or_eos("bos_token")
@@ -191,18 +187,17 @@ class Tokenizer:
     @cached_property
     def chat_template(self) -> str | None:
         """The jinja2 source of the chat template, or None; of several, the one named `default`."""
-        value = self._config.get("chat_template")
-        if isinstance(value, list):
-            named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-            value = named.get("default", next(iter(named.values()), None))
-        if value is not None and not isinstance(value, str):
-            raise TokenizerError("tokenizer_config.json: chat_template: must be a string or a list of named templates")
-        return value
+        return self._templates.get("default", next(iter(self._templates.values()), None))
+
+    @cached_property
+    def tool_template(self) -> str | None:
+        """The chat template for conversations that offer tools: the one named `tool_use`, else `chat_template`."""
+        return self._templates.get("tool_use", self.chat_template)
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
         """Ids of the control tokens: the added tokens marked special."""
-        return frozenset(token["id"] for token in self._definition.get("added_tokens", []) if token["special"])
+        return frozenset(i for i, token in self._control_engine.get_added_tokens_decoder().items() if token.special)
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str] | None:
@@ -213,7 +208,7 @@ class Tokenizer:
     @cached_property
     def named_tokens(self) -> dict[str, str]:
         """`bos_token` and its like by name, as chat templates expect to find them."""
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        names = [name for name in self._config if name.endswith("_token")]
         return {name: token for name in names if (token := self._configured(name))}
 
     @cached_property
@@ -227,30 +222,52 @@ class Tokenizer:
         rules = {key: value for key, value in self._definition.items() if key != "decoder"}
         ends = [self.bos_token_id, self.eos_token_id, self.pad_token_id]
         template = self.chat_template or default_chat_template()
-        text = json.dumps([rules, template, ends], sort_keys=True, ensure_ascii=True)
+        more = [str(token.__getstate__()) for token in self._added_by_configuration]
+        if self.tool_template != self.chat_template:
+            more.append(str(self.tool_template))
+        text = json.dumps([rules, template, ends, *more], sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @cached_property
     def _definition(self) -> dict[str, Any]:
-        definition = _parse_json(self.tokenizer_json, "tokenizer.json") | {"truncation": None, "padding": None}
+        definition = parse_json(self.tokenizer_json, DEFINITION) | {"truncation": None, "padding": None}
         if isinstance(definition.get("model"), dict) and definition["model"].get("dropout"):
             definition["model"]["dropout"] = None
         return definition
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        return _parse_json(self.config_json, "tokenizer_config.json")
+        return parse_json(self.config_json, CONFIG)
+
+    @cached_property
+    def _templates(self) -> dict[str, str]:
+        value = self._config.get("chat_template")
+        if isinstance(value, list):
+            named = {entry["name"]: entry["template"] for entry in value if {"name", "template"} <= set(entry)}
+        else:
+            named = {} if value is None else {"default": value}
+        if not all(isinstance(source, str) for source in named.values()):
+            raise TokenizerError("tokenizer_config.json: chat_template: must be a string or a list of named templates")
+        return named
+
+    @cached_property
+    def _added_by_configuration(self) -> list[tokenizers.AddedToken]:
+        known = {token["content"] for token in self._definition.get("added_tokens") or []}
+        return added_by_configuration(self._config, known)
 
     @cached_property
     def _control_engine(self) -> tokenizers.Tokenizer:
+        definition = json.dumps(self._definition, ensure_ascii=False)
         try:
-            return tokenizers.Tokenizer.from_str(json.dumps(self._definition, ensure_ascii=False))
+            engine = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"tokenizer.json: {error}") from error
+        engine.add_tokens(self._added_by_configuration)
+        return engine
 
     @cached_property
     def _plain_engine(self) -> tokenizers.Tokenizer:
-        engine = tokenizers.Tokenizer.from_str(json.dumps(self._definition, ensure_ascii=False))
+        engine = tokenizers.Tokenizer.from_str(self._control_engine.to_str())
         engine.encode_special_tokens = True  # in spite of its name: treats special tokens as ordinary text
         return engine
 
@@ -269,8 +286,8 @@ class Tokenizer:
         """The bytes of every token, or None for a tokenizer that is not byte-level."""
         if (self._definition.get("decoder") or {}).get("type") != "ByteLevel":
             return None
-        byte_of = _byte_alphabet()
-        added = {token["id"] for token in self._definition.get("added_tokens", [])}
+        byte_of = byte_alphabet()
+        added = self._control_engine.get_added_tokens_decoder()
         table: dict[int, bytes] = {}
         for i, token in self._tokens.items():
             spelled_in_bytes = i not in added and all(char in byte_of for char in token)
@@ -287,11 +304,19 @@ class Tokenizer:
         token_id = self.token_to_id(token) if token is not None else None
         return self.eos_token_id if token_id is None else token_id
 
+    def _ending_with(self, ends: list[int]) -> Tokenizer:
+        """Return this tokenizer with these end tokens after its own; one of its own needs no mention."""
+        ids = list(dict.fromkeys([self.eos_token_id, *ends]))
+        config = {key: value for key, value in self._config.items() if key != "eos_token_ids"}
+        if len(ids) > 1:
+            config["eos_token_ids"] = ids
+        return self if config == self._config else replace(self, config_json=dump_json(config))
+
     def _encode(self, engine: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         try:
             return [encoding.ids for encoding in engine.encode_batch_fast(list(texts), add_special_tokens=False)]
         except TypeError as error:
-            raise TokenizerError(_why_not_unicode(texts)) from error
+            raise TokenizerError(why_not_unicode(texts)) from error
 
     def _encode_around_spellings(self, text: str) -> list[int]:
         """Encode text whose control spellings the model itself merges into control tokens: cut them in two."""
@@ -299,6 +324,67 @@ class Tokenizer:
         cuts = [match.start() + 1 for match in self.control_pattern.finditer(text)]
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         return [i for ids in self._encode(self._plain_engine, pieces) for i in ids]
+
+
+class MissingTokenizer(Tokenizer):
+    """Stands in for the tokenizer of a model that came without one: it knows numbers, and no text.
+
+    Ids decode to nothing; whatever needs the vocabulary raises a TokenizerError that says what to do.
+    """
+
+    @classmethod
+    def for_model(cls, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> MissingTokenizer:
+        """Make one for a model with `vocab_size` embeddings.
+
+        Raises:
+            TokenizerError: an end token that the model has no embedding for.
+        """
+        ends = end_ids(list(eos_token_ids), vocab_size, "eos_token_id")
+        return cls("", json.dumps({"vocab_size": vocab_size, "eos_token_ids": ends}))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding table."""
+        return int(self._config["vocab_size"])
+
+    @cached_property
+    def eos_token_id(self) -> int:
+        """The first end token; a model need not have any."""
+        return self.eos_token_ids[0] if self.eos_token_ids else self._missing("end token")
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All end tokens, perhaps none."""
+        return tuple(dict.fromkeys(self._config["eos_token_ids"]))
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """None is known."""
+        return frozenset()
+
+    def files(self) -> dict[str, str]:
+        """Raise a TokenizerError: there is nothing to write."""
+        return self._missing()
+
+    @property
+    def chat_template(self) -> NoReturn:
+        """None is known."""
+        self._missing()
+
+    @property
+    def _definition(self) -> NoReturn:
+        self._missing()
+
+    @property
+    def _tokens(self) -> dict[int, str]:
+        return {}
+
+    @property
+    def _token_bytes(self) -> dict[int, bytes]:
+        return {}
+
+    def _missing(self, what: str = "tokenizer") -> NoReturn:
+        raise TokenizerError(f"this model has no {what}: give token ids, or put a tokenizer.json into its folder")
 
 
 class StreamDecoder:
@@ -362,89 +448,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> Tokenizer:
     Raises:
         TokenizerError: `vocab_size` has no room for all bytes, or there is no text.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise TokenizerError(
-            f"vocab_size {vocab_size} is too small: 256 bytes and {MIN_VOCAB_SIZE - 256} reserved tokens "
-            f"need at least {MIN_VOCAB_SIZE}"
-        )
-    engine = tokenizers.Tokenizer(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    engine.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[*CONTROL_TOKENS, *TAG_TOKENS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    reserved = re.compile("|".join(map(re.escape, CONTROL_TOKENS + TAG_TOKENS)))
-    pieces = (piece for text in texts for piece in reserved.split(text) if piece)  # no merge inside a reserved token
-    if (first := next(pieces, None)) is None:
-        raise TokenizerError("there is no text to train on")
-    engine.train_from_iterator(chain([first], pieces), trainer)
-    definition = json.loads(engine.to_str())
-    for token in definition["added_tokens"]:
-        token["special"] = token["content"] in CONTROL_TOKENS  # the trainer marks all of them
-    return Tokenizer(_dump_json(definition), _dump_json(_trained_config(definition["added_tokens"])))
-
-
-@cache
-def default_chat_template() -> str:
-    """Return the jinja2 source of the default chat template."""
-    return Path(__file__).with_name("chat_template.jinja").read_text("utf-8")
-
-
-def _trained_config(added_tokens: list[dict[str, Any]]) -> dict[str, Any]:
-    """Describe a trained tokenizer to `transformers.AutoTokenizer`."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": IM_START,
-        "eos_token": IM_END,
-        "pad_token": END_OF_TEXT,
-        "model_max_length": 32768,
-        "clean_up_tokenization_spaces": False,
-        "added_tokens_decoder": {
-            str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in added_tokens
-        },
-        "chat_template": default_chat_template(),
-    }
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte of each character in GPT-2's table: printable Latin-1 is itself, the others follow U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-def _parse_json(text: str, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise TokenizerError(f"{name}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{name}: must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _dump_json(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-
-
-def _why_not_a_tokenizer(root: Path) -> str:
-    if not root.is_dir():
-        return f"{root}: no such folder; train one with python -m train.tokenizer --data_path FILE --out_dir {root}"
-    return f"{root}: no tokenizer.json in this folder; a SentencePiece model must be converted by transformers first"
-
-
-def _why_not_unicode(texts: Sequence[str]) -> str:
-    for text in texts:
-        if not isinstance(text, str):
-            return f"text must be a string, not {type(text).__name__}"
-        if match := re.search("[\ud800-\udfff]", text):
-            return f"character {match.start()} is the lone surrogate U+{ord(match[0]):04X}, which is not Unicode text"
-    return "text is not Unicode"
+    return Tokenizer.from_files(learn(texts, vocab_size))

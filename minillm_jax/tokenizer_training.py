@@ -28,10 +28,11 @@ TAG_TOKENS = tuple(
 """Ids 3 to 10: markup that a model writes itself, so each is one token wherever it occurs."""
 MIN_VOCAB_SIZE = len(CONTROL_TOKENS) + len(TAG_TOKENS) + 256
 
-# The line end that opens an assistant turn, apart from those that the turn itself may begin with: so a prompt ends as
-# the conversation goes on. English contractions; words with their leading space and combining marks; digits one at a time, because a small model
-# learns arithmetic more easily if a digit is always the same token; punctuation; line ends with the blanks before them;
-# runs of blanks, leaving one for the next word. The atomic group keeps millions of blanks from exhausting the engine.
+# The line end behind a turn's "assistant", apart from line ends that the answer begins with, so that a prompt's ids are
+# a prefix of the conversation's; English contractions; words with their leading space and combining marks; digits one
+# at a time, because a small model learns arithmetic more easily if a digit is always the same token; punctuation; line
+# ends with the blanks before them; runs of blanks, leaving one for the next word. The atomic group keeps millions of
+# blanks from exhausting the engine.
 _WORDS = "|".join(
     [
         r"(?<=\Aassistant)\n",
@@ -98,5 +99,3 @@ def _trained_config(added_tokens: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "chat_template": default_chat_template(),
     }
-
-

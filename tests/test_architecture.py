@@ -10,7 +10,8 @@ LIBRARY = ROOT / "minillm_jax"
 RANK = [
     "errors",
     "config",
-    "hf_config",
+    "hf_config tokenizer_files",
+    "tokenizer_training",
     "tokenizer chat data",
     "cache sharding flops matmul rope cli",
     "attention moe",
@@ -27,7 +28,7 @@ RANK = [
 """Modules of the library; each imports only those of earlier lines, and tokenizer, chat and data one another."""
 RANK_OF = {name: rank for rank, names in enumerate(RANK) for name in names.split()}
 TOGETHER = {"tokenizer", "chat", "data"}
-WITHOUT_JAX = {"errors", "config", "hf_config", "tokenizer", "chat", "data"}
+WITHOUT_JAX = {"errors", "config", "hf_config", "tokenizer_files", "tokenizer_training", "tokenizer", "chat", "data"}
 FILES = [p for folder in ("minillm_jax", "train", "rl", "serve") for p in (ROOT / folder).rglob("*.py")]
 
 

@@ -6,8 +6,8 @@ from example_tokenizers import TOKENIZER, spaced_tokenizer, with_config
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minillm_jax.chat import ChatError, Rendered, check_conversation, render
-from minillm_jax.tokenizer import CONTROL_TOKENS, TAG_TOKENS, Tokenizer
+from minillm_jax.chat import ChatError, Rendered, _compile, check_conversation, render
+from minillm_jax.tokenizer import CONTROL_TOKENS, TAG_TOKENS, Tokenizer, default_chat_template
 
 DEFAULT_SYSTEM = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
 
@@ -123,6 +123,19 @@ def test_every_way_to_write_tools_and_calls_renders_the_same() -> None:
     assert trained_text(called[0]).startswith("<tool_call>\n{")
 
 
+def test_the_template_reads_rows_that_nobody_prepared() -> None:
+    # As transformers gives them to it: tools in the system turn, arguments as an object, a string, or not at all.
+    raw = _compile(default_chat_template())
+    calls = [CALL, {"type": "function", "function": CALL | {"arguments": '{"a": 1}'}}, {"name": "now"}]
+    turns = [system("s", tools=[TOOL]), user("hi"), {"role": "assistant", "tool_calls": calls}, tool("2")]
+    assert raw.text(turns, {}) == text_of(render(TOKENIZER, turns))
+    assert raw.text(turns, {"tools": [{"name": "other"}]}) == text_of(
+        render(TOKENIZER, turns, tools=[{"name": "other"}])
+    )
+    with pytest.raises(ChatError, match="must be a list, not a JSON string"):
+        raw.text([system("s", tools=json.dumps([TOOL])), user("hi")], {})
+
+
 def test_fields_that_hold_nothing_change_nothing() -> None:
     empty = assistant("yes", tool_calls=None, reasoning_content=None, tools="[]")
     assert render(TOKENIZER, [user("hi", tool_calls=[]), empty]) == render(TOKENIZER, [user("hi"), assistant("yes")])
@@ -176,9 +189,12 @@ def test_a_prompt_is_a_prefix_of_the_conversation_it_leads_to(
     assert all(whole.mask[length:])
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Z", "Cc"]), min_size=1), min_size=1, max_size=4))
-def test_ids_are_those_of_the_rendered_text_in_one_go(contents: list[str]) -> None:
-    turns = [(assistant if i % 2 else user)(content) for i, content in enumerate(contents)]
+@given(
+    st.lists(st.lists(st.text(max_size=3) | st.sampled_from(["\n", "\r\n", " ", *TAG_TOKENS]), max_size=4), min_size=1)
+)
+@example([["a"], ["\n\nb"], ["\n"], ["\r\n \n"]])
+def test_ids_are_those_of_the_rendered_text_in_one_go(contents: list[list[str]]) -> None:
+    turns = [(assistant if i % 2 else user)("".join(content)) for i, content in enumerate(contents)]
     rendered = render(TOKENIZER, turns)
     assert rendered.token_ids == TOKENIZER.encode_control(text_of(rendered))
 
@@ -319,6 +335,20 @@ def test_templates_find_what_transformers_gives_them() -> None:
         "{{ m.content | tojson }}{% endfor %}{{ strftime_now('%Y') | length }}{{ tools is none }}"
     )
     assert text_of(render(templated(source), [user("é<'"), tool("t")])) == '<|im_start|>"é<\'"4True'
+
+
+def test_templates_see_ids_of_calls_and_no_empty_fields() -> None:
+    source = "{% for m in messages %}{{ m.tool_call_id or m.tool_calls[0].id }}{{ m.name is defined }};{% endfor %}"
+    call = {"id": "c7", "type": "function", "function": CALL}
+    turns = [assistant(None, tool_calls=[call], name=None), {"role": "tool", "content": "2", "tool_call_id": "c7"}]
+    assert text_of(render(templated(source), turns, add_generation_prompt=True)) == "c7False;c7False;"
+
+
+def test_a_template_for_tools_is_used_when_there_are_any() -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    tokenizer = Tokenizer.from_files(with_config(chat_template=named))
+    assert text_of(render(tokenizer, [user("hi")])) == "plain"
+    assert text_of(render(tokenizer, [user("hi")], tools=[TOOL])) == "tools"
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,14 @@ from example_tokenizers import CORPUS, TOKENIZER, spaced_tokenizer, with_config,
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from minillm_jax.chat import render
 from minillm_jax.data.peek import row_kind
+from minillm_jax.errors import UserError
 from minillm_jax.tokenizer import (
     CONTROL_TOKENS,
     MIN_VOCAB_SIZE,
     TAG_TOKENS,
+    MissingTokenizer,
     StreamDecoder,
     Tokenizer,
     TokenizerError,
@@ -64,9 +67,7 @@ def test_control_spellings_are_tokens_only_when_asked_for() -> None:
 
 def test_control_spellings_in_text_are_split_like_any_text() -> None:
     tokenizer = train_tokenizer([*CORPUS, "a <| b |> c " * 50], 400)
-    files = tokenizer.files() | {
-        "tokenizer.json": json.dumps(json.loads(tokenizer.tokenizer_json) | {"added_tokens": []})
-    }
+    files = {"tokenizer.json": json.dumps(json.loads(tokenizer.tokenizer_json) | {"added_tokens": []})}
     assert tokenizer.encode("a <|im_end|> b") == Tokenizer.from_files(files).encode_control("a <|im_end|> b")
 
 
@@ -74,6 +75,12 @@ def test_control_spellings_in_text_are_split_like_any_text() -> None:
 def test_a_tag_is_one_token_wherever_it_occurs(tag: str) -> None:
     ids = TOKENIZER.encode(f"x{tag}y {tag}\n{tag}{tag}好{tag}")
     assert ids.count(TOKENIZER.token_to_id(tag)) == 5
+
+
+def test_the_line_end_that_opens_an_answer_is_a_token_of_its_own() -> None:
+    opening = TOKENIZER.encode_control("<|im_start|>assistant\n")
+    for answer in ("\n\nx", "\r\nx", "  x", "x"):
+        assert TOKENIZER.encode_control("<|im_start|>assistant\n" + answer) == opening + TOKENIZER.encode(answer)
 
 
 def test_every_digit_is_a_token_of_its_own() -> None:
@@ -131,6 +138,15 @@ def test_saved_configuration_says_what_transformers_asks() -> None:
     assert config["chat_template"] == TOKENIZER.chat_template
 
 
+def test_saving_leaves_nothing_of_an_earlier_tokenizer_that_would_win(tmp_path: Path) -> None:
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("of an earlier tokenizer")
+    bare = Tokenizer.from_files({"tokenizer.json": TOKENIZER.tokenizer_json})
+    bare.save(tmp_path)
+    assert Tokenizer.load(tmp_path) == bare
+
+
 def test_a_pickled_tokenizer_still_refuses_control_tokens() -> None:
     copy = pickle.loads(pickle.dumps(TOKENIZER))
     assert copy == TOKENIZER
@@ -154,6 +170,81 @@ def test_chat_template_comes_from_file_or_configuration(tmp_path: Path) -> None:
     assert Tokenizer.from_files(loaded.files()) == loaded
 
 
+def test_further_templates_are_files_of_their_own(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("A")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("B")
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.chat_template, loaded.tool_template) == ("A", "B")
+    assert (TOKENIZER.tool_template, Tokenizer.from_files(loaded.files())) == (TOKENIZER.chat_template, loaded)
+    plain = Tokenizer.from_files(with_config(chat_template="A"))
+    assert plain.fingerprint != loaded.fingerprint  # conversations with tools have other ids
+
+
+def test_tokens_that_only_the_configuration_names_are_tokens() -> None:
+    named = Tokenizer.from_files(with_config(sep_token="<sep>", additional_special_tokens=[{"content": "<more>"}]))
+    assert named.encode_control("<more> <sep>") == [381, *TOKENIZER.encode(" "), 380]
+    assert named.control_ids == {0, 1, 2, 380, 381}
+    assert named.control_ids.isdisjoint(named.encode("<more> <sep>"))
+    assert named.vocab_size == 382
+    assert named.fingerprint != TOKENIZER.fingerprint
+
+
+def test_names_in_a_file_of_their_own_count_where_no_tokens_are_listed() -> None:
+    names = {"special_tokens_map.json": '{"eos_token": "<|endoftext|>", "unk_token": "x"}'}
+    assert Tokenizer.from_files(with_config(added_tokens_decoder=None) | names).eos_token_id == 0
+    assert Tokenizer.from_files(TOKENIZER.files() | names).eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    ("listed", "ends"), [("null", (2,)), ("2", (2,)), ("0", (2, 0)), ("[0, 3, 2, 0]", (2, 0, 3)), ("[]", (2,))]
+)
+def test_generation_settings_add_end_tokens(tmp_path: Path, listed: str, ends: tuple[int, ...]) -> None:
+    TOKENIZER.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {listed}, "max_length": 5}}')
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.eos_token_id, loaded.eos_token_ids) == (2, ends)
+    assert (loaded == TOKENIZER) == (ends == (2,))
+    assert loaded.fingerprint == TOKENIZER.fingerprint
+    assert Tokenizer.from_files(loaded.files()) == Tokenizer.load(tmp_path) == loaded
+    again = Tokenizer.from_files(loaded.files() | {"generation_config.json": '{"eos_token_id": [2]}'})
+    assert again.eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("listed", ["380", "-1", "[2, 380]", '"<|im_end|>"', "true", "[[2]]", "2.0"])
+def test_end_tokens_that_cannot_be_are_refused(listed: str) -> None:
+    for name, field in (("generation_config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token_ids")):
+        with pytest.raises(TokenizerError, match=rf"^{name}: {field}: .* is not an id of this vocabulary of 380"):
+            Tokenizer.from_files(TOKENIZER.files() | {name: f'{{"{field}": {listed}}}'})
+
+
+def test_a_model_without_a_tokenizer_knows_numbers_only(tmp_path: Path) -> None:
+    missing = MissingTokenizer.for_model(50, [4, 3, 4])
+    assert (missing.vocab_size, missing.eos_token_ids, missing.eos_token_id) == (50, (4, 3), 4)
+    assert (missing.bos_token_id, missing.pad_token_id) == (4, 4)
+    decoder = StreamDecoder(missing, skip_special_tokens=True)
+    assert missing.decode([1, 2]) == decoder.push(1) + decoder.flush() == ""
+    copy = pickle.loads(pickle.dumps(missing))
+    assert copy == missing
+    assert {copy, missing} == {missing} != {MissingTokenizer.for_model(50, [4])}
+    assert MissingTokenizer.for_model(50).eos_token_ids == ()
+    for use in (
+        lambda: MissingTokenizer.for_model(50).eos_token_id,
+        lambda: missing.encode("a"),
+        lambda: missing.encode_batch([]),
+        lambda: missing.encode_control("a"),
+        lambda: render(missing, [{"role": "user", "content": "a"}]),
+        lambda: missing.fingerprint,
+        lambda: missing.save(tmp_path / "new"),
+    ):
+        with pytest.raises(TokenizerError, match=r"^this model has no .*: give token ids, or put a tokenizer\.json"):
+            use()
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(TokenizerError, match="50 is not an id"):
+        MissingTokenizer.for_model(50, [50])
+
+
 def test_begin_end_and_padding_come_from_the_configuration() -> None:
     wrapped = Tokenizer.from_files(with_config(bos_token=None, eos_token={"content": "<|endoftext|>"}, pad_token=None))
     assert (wrapped.bos_token_id, wrapped.eos_token_id, wrapped.pad_token_id) == (0, 0, 0)
@@ -172,6 +263,7 @@ def _without_reserved() -> dict[str, str]:
 
 
 def test_folders_that_are_no_tokenizer_say_why(tmp_path: Path) -> None:
+    assert issubclass(TokenizerError, UserError)  # so that commands print one line
     with pytest.raises(TokenizerError, match="no such folder"):
         Tokenizer.load(tmp_path / "absent")
     with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
