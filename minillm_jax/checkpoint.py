@@ -328,8 +328,8 @@ def _resolve(path: str | os.PathLike[str], report: Report, part: str) -> Path:
     found = _newest_good(folder, report, [], part)
     if found is None:
         raise CheckpointError(
-            f"no checkpoint in {root}; expected a run folder with {CHECKPOINTS}/STEP/, or one checkpoint with a "
-            f"{MANIFEST_FILE}"
+            f"no checkpoint in {root}; expected a run folder with {CHECKPOINTS}/STEP/, one checkpoint with a "
+            f"{MANIFEST_FILE}, or a Hugging Face folder with config.json and *.safetensors"
         )
     return found
 

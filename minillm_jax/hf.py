@@ -268,20 +268,24 @@ def import_command(
     tokenizer = load_tokenizer(source) if tokenizer_path is None else Tokenizer.load(tokenizer_path)
     if isinstance(tokenizer, MissingTokenizer):
         raise HfError(f"--from {source}: has no tokenizer.json; name a tokenizer with --tokenizer_path")
-    if overwrite:
-        clear_run(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if not overwrite and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--out_dir {folder} is not empty; choose another folder, or --overwrite")
     config, params = load_params(source, dtype=None if dtype == "stored" else jnp.dtype(dtype))
     if tokenizer.vocab_size > config.vocab_size:
         raise HfError(f"the tokenizer has {tokenizer.vocab_size} tokens, and the model only {config.vocab_size}")
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder / "tokenizer")
+    settings = {"stage": "import", "source": str(source), "dtype": dtype, "model": asdict(config)}
+    try:
+        clear_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
+        tokenizer.save(folder / "tokenizer")
+    except OSError as error:
+        raise HfError(f"--out_dir {folder}: cannot be written: {error}") from error
     with Checkpointer(folder, keep=1, model_config=config, tokenizer_files=tokenizer.files()) as checkpointer:
         checkpointer.save({"params": params, "step": jnp.zeros((), jnp.int32)}, {})
-    settings = {"stage": "import", "source": str(source), "dtype": dtype, "model": asdict(config)}
-    write_atomically(folder / CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
-    print(f"{_describe(params)} from {source}; the run is {folder}")
+    leaves = jax.tree.leaves(params)
+    size = sum(leaf.nbytes for leaf in leaves) / 1e6
+    print(f"{sum(leaf.size for leaf in leaves):,} parameters ({size:,.1f} MB in {leaves[0].dtype}) imported: {folder}")
 
 
 def export_command(
@@ -304,20 +308,17 @@ def export_command(
     export_hf(lm, to, dtype=None if dtype == "stored" else dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     values = read_hf_config(to)
     assert values is not None
-    kind = values["architectures"][0]
-    print(f"{_describe(lm.params)} as {kind} in {to}; read back and compared")
-
-
-def _describe(params: Params) -> str:
-    leaves = jax.tree.leaves(params)
-    size = sum(leaf.nbytes for leaf in leaves) / 1e9
-    return f"{sum(leaf.size for leaf in leaves):,} parameters, {size:.2f} GB in {leaves[0].dtype},"
+    count = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
+    print(
+        f"{count:,} parameters as {values['architectures'][0]} in {values['torch_dtype']}; read back and compared: {to}"
+    )
 
 
 def main() -> int:
     """Import or export; returns the exit status."""
     with user_errors():
         setup_jax()
+        jax.config.update("jax_platforms", "cpu")  # moving weights is the host's work, whose memory is the larger one
         tyro.extras.subcommand_cli_from_dict(
             {"import": import_command, "export": export_command},
             prog="python -m minillm_jax.hf",

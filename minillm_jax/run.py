@@ -33,7 +33,7 @@ from minillm_jax.lm import LanguageModel
 from minillm_jax.losses import LossFn
 from minillm_jax.metrics import plot_curves
 from minillm_jax.model import Params, init_params, param_axes
-from minillm_jax.pretrained import load_params, load_tokenizer
+from minillm_jax.pretrained import load_params, load_tokenizer, read_hf_config
 from minillm_jax.tokenizer import Tokenizer
 from minillm_jax.trainer import Job, train
 
@@ -111,6 +111,8 @@ def clear_run(folder: Path) -> None:
         return
     if not (folder / "config.json").exists() and any(folder.iterdir()):
         raise ConfigError(f"--overwrite: {folder} does not look like a run (no config.json); delete it yourself")
+    if read_hf_config(folder) is not None:
+        raise ConfigError(f"--overwrite: {folder} is a Hugging Face folder and no run; delete it yourself")
     shutil.rmtree(folder)
 
 
