@@ -140,8 +140,8 @@ def projections(shapes: Params) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield ".".join(keys[1:]).removesuffix(".kernel"), keys
 
 
-def _targets(shapes: Params, config: LoraConfig) -> list[tuple[str, ...]]:
-    """Paths of the weights that are adapted."""
+def target_paths(shapes: Params, config: LoraConfig) -> list[tuple[str, ...]]:
+    """List the paths of the weights that an adapter is for; raises like `init_adapter`."""
     if config.lora_rank < 1:
         raise ConfigError("lora_rank is 0: an adapter has a rank of at least 1")
     known = dict(projections(shapes))
@@ -155,7 +155,7 @@ def _targets(shapes: Params, config: LoraConfig) -> list[tuple[str, ...]]:
 def _for_targets(shapes: Params, tree: Params, config: LoraConfig, make: Callable[[Any], Params]) -> Params:
     """Build a tree with `make(leaf)` at the place of each adapted projection of `tree`."""
     made: Params = {}
-    for path in _targets(shapes, config):
+    for path in target_paths(shapes, config):
         leaf, node = tree, made
         for key in path:
             leaf = leaf[key]

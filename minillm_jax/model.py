@@ -219,8 +219,8 @@ class MoE(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         logits = Linear(c.num_experts, ("embed", "norm"), c.initializer_range, name="router")(flat.astype(jnp.float32))
         routing = route(logits, c)
-        weights, adapters = Experts(c, name="experts")(x.dtype)
-        y = moe_mlp(flat, *weights, routing, adapters).reshape(x.shape)
+        (gate, up, down), adapters = Experts(c, name="experts")(x.dtype)
+        y = moe_mlp(flat, gate, up, down, routing, adapters).reshape(x.shape)
         if c.n_shared_experts:
             y = y + MLP(c.n_shared_experts * c.expert_size, c, name="shared")(x)
         return y, *auxiliary_loss(routing, segment_ids, c)

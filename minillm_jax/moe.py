@@ -119,7 +119,7 @@ def moe_mlp(
     up: jax.Array,
     down: jax.Array,
     routing: Routing,
-    adapters: tuple[LowRank | None, LowRank | None, LowRank | None] = (None, None, None),
+    adapters: tuple[LowRank | None, ...] = (None, None, None),
 ) -> jax.Array:
     """Send tokens through their experts' SwiGLU layers and sum the weighted results.
 
