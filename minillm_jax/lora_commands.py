@@ -18,6 +18,7 @@ from minillm_jax.lora_peft import CONFIG_FILE, read_peft, write_peft
 from minillm_jax.model import Params
 from minillm_jax.pretrained import load_params, load_tokenizer, pin, read_hf_config, read_model_config
 from minillm_jax.run import write_run
+from minillm_jax.tokenizer import MissingTokenizer, Tokenizer
 
 
 def _adapter_file(path: str) -> AdapterFile:
@@ -83,7 +84,11 @@ def export_command(model_path: str, to: str, base_name: str | None = None, overw
 
 
 def import_command(
-    from_: Annotated[str, tyro.conf.arg(name="from")], model_path: str, out_dir: str, overwrite: bool = False
+    from_: Annotated[str, tyro.conf.arg(name="from")],
+    model_path: str,
+    out_dir: str,
+    tokenizer_path: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Make a run of an adapter that PEFT saved.
 
@@ -91,8 +96,12 @@ def import_command(
         from_: Folder with adapter_config.json and adapter_model.safetensors.
         model_path: Its base: a run, a checkpoint or a Hugging Face folder.
         out_dir: Run folder to make.
+        tokenizer_path: Tokenizer folder, where the base has none.
         overwrite: Delete what out_dir holds.
     """
+    tokenizer = load_tokenizer(model_path) if tokenizer_path is None else Tokenizer.load(tokenizer_path)
+    if isinstance(tokenizer, MissingTokenizer):
+        raise HfError(f"--model_path {model_path}: has no tokenizer.json; name a tokenizer with --tokenizer_path")
     config = read_model_config(model_path).resolved()
     settings, adapter = read_peft(Path(from_), config)
     file = AdapterFile.of(settings, pin(model_path), Path(out_dir))
@@ -100,7 +109,7 @@ def import_command(
         Path(out_dir),
         config,
         adapter,
-        load_tokenizer(model_path),
+        tokenizer,
         {"stage": "import", "source": from_},
         files={ADAPTER_FILE: file.to_json()},
         overwrite=overwrite,

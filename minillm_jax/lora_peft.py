@@ -1,8 +1,8 @@
 """Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, in and out.
 
 A factor here stacks all layers and multiplies from the right; there, each layer's is a matrix of its own, `lora_A`
-being `[r, in]` and `lora_B` `[out, r]`. Names of modules are those of `hf_tensors`. Whatever a folder asks for that is not
-implemented here is an error that names it.
+being `[r, in]` and `lora_B` `[out, r]`. Names of modules are those of `hf_tensors`. Whatever a folder asks for that is
+not implemented here is an error that names it.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def _targets(model: ModelConfig, lora: LoraConfig) -> list[tuple[tuple[str, ...]
     if model.use_moe and (inside := [path for path in paths if "mlp" in path]):
         raise HfError(
             f"{'.'.join(inside[0])} is adapted, and PEFT has no counterpart of adapters on experts or routers: "
-            "transformers fuses gate and up of all experts into one parameter. Train with --lora_targets q_proj k_proj v_proj "
-            "o_proj, or merge the adapter and export the model with minillm_jax.hf"
+            "transformers fuses gate and up of all experts into one parameter. Train with --lora_targets q_proj k_proj "
+            "v_proj o_proj, or merge the adapter and export the model with minillm_jax.hf"
         )
     return [(path[:-1], _modules(path, model)) for path in paths]
 

@@ -1,8 +1,9 @@
 """The run folder, and what every training stage does around its loss: open, resume or refuse, load, report errors.
 
 What a run trains is decided here: with `--lora_rank` an adapter takes the place of the parameters, in optimizer state
-and checkpoints alike, and a stage's loss does not notice. `open_run` turns a stage's configuration into a folder on disk with `config.json` and `tokenizer/` in
-it. A folder that already holds a run is resumed, and only when the flags describe the same run.
+and checkpoints alike, and a stage's loss does not notice. `open_run` turns a stage's configuration into a folder on
+disk with `config.json` and `tokenizer/` in it. A folder that already holds a run is resumed, and only when the flags
+describe the same run.
 """
 
 from __future__ import annotations
