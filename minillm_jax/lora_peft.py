@@ -8,6 +8,7 @@ not implemented here is an error that names it.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,13 @@ def write_peft(folder: Path, adapter: Params, model: ModelConfig, lora: LoraConf
         HfError: PEFT or transformers has no counterpart of the model, or of what is adapted.
     """
     tensors: dict[str, np.ndarray] = {}
-    for path, modules in _targets(model, lora):
-        node = adapter
-        for key in path:
-            node = node[key]
-        for (layer,), module in modules:
-            for factor, name in FACTOR_NAMES.items():
-                matrix = np.asarray(jax.device_get(node[factor][layer]), np.float32)
+    targets = _targets(model, lora)
+    for target in targets:
+        factors = _at(adapter, target.path)
+        for factor, name in FACTOR_NAMES.items():
+            for module, matrix in zip(target.modules, np.asarray(factors[factor], np.float32), strict=True):
                 tensors[f"{PREFIX}{module}.{name}"] = np.ascontiguousarray(matrix.T)
-    if len(jax.tree.leaves(adapter)) != 2 * len(_targets(model, lora)):
+    if len(jax.tree.leaves(adapter)) != 2 * len(targets):
         raise HfError("this adapter has parameters that are no factors of a projection; PEFT's format has no place")
     alpha = lora.lora_alpha
     values = {
@@ -71,7 +70,7 @@ def write_peft(folder: Path, adapter: Params, model: ModelConfig, lora: LoraConf
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": lora.lora_dropout,
         "use_rslora": lora.use_rslora,
-        "target_modules": sorted({path[-1] for path, _ in _targets(model, lora)}),
+        "target_modules": sorted({target.path[-1] for target in targets}),
         "bias": "none",
         "fan_in_fan_out": False,
     }
@@ -98,54 +97,78 @@ def read_peft(folder: Path, model: ModelConfig) -> tuple[LoraConfig, Params]:
     except (OSError, ValueError, SafetensorError) as error:
         raise HfError(f"{folder}: is no adapter of PEFT ({error})") from error
     _refuse_other_kinds(folder, values)
+    shapes = param_shapes(model)
     adapter: Params = {}
     targets = []
-    for name, path in projections(param_shapes(model)):
-        modules = _modules(path, model)
-        if not any(f"{PREFIX}{module}.{FACTOR_NAMES['a']}" in tensors for _, module in modules):
+    for name, path in projections(shapes):
+        target = None if _without_counterpart(path, model) else _target(path, shapes, model)
+        if target is None or not any(f"{PREFIX}{module}.{FACTOR_NAMES['a']}" in tensors for module in target.modules):
             continue
         targets.append(name)
         node = adapter
-        for key in path[:-1]:
+        for key in target.path:
             node = node.setdefault(key, {})
-        for factor, suffix in FACTOR_NAMES.items():
-            names = [f"{PREFIX}{module}.{suffix}" for _, module in modules]
-            if missing := [name for name in names if name not in tensors]:
-                raise HfError(f"{folder}: tensor {missing[0]} is missing; adapters of some layers only are not read")
-            node[factor] = jnp.stack([_factor(tensors.pop(name)) for name in names])
+        node |= {factor: _read_factor(folder, target, factor, values["r"], tensors) for factor in FACTOR_NAMES}
     if tensors:
         raise HfError(f"{folder}: tensor {min(tensors)} has no place in the base")
     if not targets:
         raise HfError(f"{folder}: adapts nothing")
     alpha, dropout = float(values["lora_alpha"]), float(values.get("lora_dropout") or 0.0)
-    lora = LoraConfig(values["r"], alpha, dropout, tuple(targets), bool(values.get("use_rslora", False)))
-    _check_shapes(folder, adapter, model, lora)
-    return lora, adapter
+    return LoraConfig(values["r"], alpha, dropout, tuple(targets), bool(values.get("use_rslora", False))), adapter
 
 
-def _factor(tensor: np.ndarray) -> np.ndarray:
-    return tensor.astype(np.float32).T
+def _read_factor(folder: Path, target: _Target, factor: str, rank: int, tensors: dict[str, np.ndarray]) -> jax.Array:
+    """Take one factor of all layers out of `tensors`: `[L, in, r]` or `[L, r, out]`."""
+    names = [f"{PREFIX}{module}.{FACTOR_NAMES[factor]}" for module in target.modules]
+    wanted = (rank, target.width) if factor == "a" else (target.features, rank)
+    for name in names:
+        if name not in tensors:
+            raise HfError(f"{folder}: tensor {name} is missing; adapters of some layers only are not read")
+        if tensors[name].shape != wanted:
+            raise HfError(
+                f"{folder}: tensor {name} has shape {list(tensors[name].shape)}, not {list(wanted)}; it belongs to "
+                "another base or has another rank"
+            )
+    return jnp.stack([tensors.pop(name).astype(np.float32).T for name in names])
 
 
-def _modules(path: tuple[str, ...], model: ModelConfig) -> list[tuple[tuple[int, ...], str]]:
-    """Index and module name of each matrix in a stacked weight."""
-    weight: Any = param_shapes(model)
-    for key in path:
-        weight = weight[key]
-    pieces = leaf_pieces(".".join(path), weight.shape, model)
-    return [(piece.index, piece.name.removesuffix(".weight")) for piece in pieces]
+@dataclass(frozen=True)
+class _Target:
+    """One adapted projection: its path in the tree, the module of each layer there, and its weight's `[in, out]`."""
+
+    path: tuple[str, ...]
+    modules: list[str]
+    width: int
+    features: int
 
 
-def _targets(model: ModelConfig, lora: LoraConfig) -> list[tuple[tuple[str, ...], list[tuple[tuple[int, ...], str]]]]:
-    """Path of each adapted projection (without `kernel`), and its modules."""
-    paths = target_paths(param_shapes(model), lora)
-    if model.use_moe and (inside := [path for path in paths if "mlp" in path]):
+def _target(path: tuple[str, ...], shapes: Params, model: ModelConfig) -> _Target:
+    shape = _at(shapes, path).shape
+    modules = [piece.name.removesuffix(".weight") for piece in leaf_pieces(".".join(path), shape, model)]
+    return _Target(path[:-1], modules, *shape[-2:])
+
+
+def _targets(model: ModelConfig, lora: LoraConfig) -> list[_Target]:
+    """List what an adapter adapts; raises HfError where there is no counterpart."""
+    shapes = param_shapes(model)
+    paths = target_paths(shapes, lora)
+    if inside := [path for path in paths if _without_counterpart(path, model)]:
         raise HfError(
             f"{'.'.join(inside[0])} is adapted, and PEFT has no counterpart of adapters on experts or routers: "
             "transformers fuses gate and up of all experts into one parameter. Train with --lora_targets q_proj k_proj "
             "v_proj o_proj, or merge the adapter and export the model with minillm_jax.hf"
         )
-    return [(path[:-1], _modules(path, model)) for path in paths]
+    return [_target(path, shapes, model) for path in paths]
+
+
+def _without_counterpart(path: tuple[str, ...], model: ModelConfig) -> bool:
+    return model.use_moe and "mlp" in path
+
+
+def _at(tree: Params, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
 
 
 def _refuse_other_kinds(folder: Path, values: dict[str, Any]) -> None:
@@ -162,18 +185,3 @@ def _refuse_other_kinds(folder: Path, values: dict[str, Any]) -> None:
     for name in ("r", "lora_alpha"):
         if name not in values:
             raise HfError(f"{folder}: {CONFIG_FILE} has no {name}")
-
-
-def _check_shapes(folder: Path, adapter: Params, model: ModelConfig, lora: LoraConfig) -> None:
-    for path, modules in _targets(model, lora):
-        node, weight = adapter, param_shapes(model)
-        for key in path:
-            node, weight = node[key], weight[key]
-        layers, width, features = weight["kernel"].shape
-        for factor, shape in (("a", (layers, width, lora.lora_rank)), ("b", (layers, lora.lora_rank, features))):
-            if node[factor].shape != shape:
-                found, wanted = (list(s[:0:-1]) for s in (node[factor].shape, shape))
-                raise HfError(
-                    f"{folder}: tensor {PREFIX}{modules[0][1]}.{FACTOR_NAMES[factor]} has shape {found}, not {wanted}; "
-                    "it belongs to another base or has another rank"
-                )
