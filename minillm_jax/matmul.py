@@ -87,9 +87,7 @@ class LowRank:
         if self.key is not None and self.rate is not None:
             keep = 1.0 - self.rate
             y = jnp.where(jax.random.bernoulli(self.key, keep, x.shape), x / keep.astype(x.dtype), 0.0)
-        thin = product(y, self.a.astype(x.dtype))  # [..., r]
-        # Cheap to compute again: where a layer's products are kept for the backward pass, only the sum with x W is.
-        return jax.checkpoint(product, prevent_cse=False)(thin, self.b.astype(x.dtype))
+        return product(product(y, self.a.astype(x.dtype)), self.b.astype(x.dtype))
 
 
 @jax.tree_util.register_dataclass

@@ -268,9 +268,17 @@ class Block(nn.Module):
         return (x, kv), routed
 
 
+def _keep_product(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Keep products for the backward pass, but not an adapter's second: it is as large as x W, and quick to redo."""
+    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params):
+        return False
+    (contracted, _), _ = params["dimension_numbers"]
+    return 4 * math.prod(operands[0].shape[axis] for axis in contracted) > operands[1].shape[-1]
+
+
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        _keep_product,
         jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
