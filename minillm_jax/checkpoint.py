@@ -93,6 +93,7 @@ class Checkpointer:
         keep: int,
         model_config: ModelConfig | None,
         tokenizer_files: Mapping[str, str] | None,
+        files: Mapping[str, str] | None = None,
     ) -> None:
         """Open the run's `checkpoints` folder, and clear away what a killed save or deletion left there.
 
@@ -101,6 +102,7 @@ class Checkpointer:
             keep: how many of the newest checkpoints stay, beside the one with the lowest `valid_loss`.
             model_config: saved in each checkpoint.
             tokenizer_files: file name → text, saved in each checkpoint.
+            files: further ones, saved beside the model's shape.
 
         Raises:
             CheckpointError: `keep` is less than 1, or the folder cannot be written.
@@ -110,6 +112,7 @@ class Checkpointer:
         self.folder = Path(run_dir).absolute() / CHECKPOINTS
         self.keep = keep
         self._texts = {f"{TOKENIZER}/{name}": text for name, text in (tokenizer_files or {}).items()}
+        self._texts |= files or {}
         if model_config is not None:
             self._texts[MODEL_CONFIG_FILE] = json.dumps(asdict(model_config), indent=2)
         if jax.process_index() == 0:
@@ -264,6 +267,25 @@ def read_model_config(path: str | os.PathLike[str]) -> ModelConfig:
         CheckpointError: there is no checkpoint, all are damaged, or it was saved without a model.
     """
     return _model_config(_resolve(path, warnings.warn, MODEL_CONFIG_FILE))
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """Find the checkpoint that a path means: itself, or the newest good one of a run.
+
+    Raises:
+        CheckpointError: there is none, or all are damaged.
+    """
+    return _resolve(path, warnings.warn, MODEL_CONFIG_FILE)
+
+
+def read_file(path: str | os.PathLike[str], name: str) -> str | None:
+    """Read one of a checkpoint's further files, given it or its run; None when it was saved without.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or all are damaged.
+    """
+    file = _resolve(path, warnings.warn, name) / name
+    return file.read_text("utf-8") if file.is_file() else None
 
 
 def load_params(

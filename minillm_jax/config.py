@@ -241,6 +241,42 @@ class OptimConfig:
     """Largest global gradient norm; 0 turns clipping off."""
 
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""All attention and MLP matrices, those of experts included."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter (LoRA, arXiv:2106.09685), trained in place of the model's own weights."""
+
+    lora_rank: int = 0
+    """Rank r of the adapter's factors; 0 trains all parameters instead."""
+    lora_alpha: float = 16.0
+    """The adapter's product is multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Probability of dropping an element of an adapter's input while training."""
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    """Projections to adapt, by the end of their path: q_proj, experts.gate_proj, shared.down_proj, router."""
+    use_rslora: bool = False
+    """Divide lora_alpha by the square root of the rank instead (rsLoRA, arXiv:2312.03732)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        if self.lora_rank < 0:
+            raise ConfigError(f"lora_rank must be positive, or 0 for no adapter, not {self.lora_rank}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+        if self.lora_alpha <= 0:
+            raise ConfigError(f"lora_alpha must be positive, not {self.lora_alpha}")
+        if not self.lora_targets:
+            raise ConfigError("lora_targets names no projection; leave the flag out for all of them")
+
+    @property
+    def lora_scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.use_rslora else self.lora_rank)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where rows come from and how they become batches."""
@@ -400,10 +436,16 @@ FREE_MODEL_FIELDS = (
 """Model fields that may differ from the checkpoint's: they leave its weights as they are."""
 
 
-def _refuse_contradictions(saved: ModelConfig, asked: ModelConfig, path: str) -> None:
+def shape_difference(ours: ModelConfig, theirs: ModelConfig) -> tuple[str, Any, Any] | None:
+    """Find the first field in which two models differ in their weights: its name, our value and theirs."""
     for f in dataclasses.fields(ModelConfig):
-        ours, theirs = getattr(asked, f.name), getattr(saved, f.name)
-        if ours != theirs and f.name not in FREE_MODEL_FIELDS:
-            raise ConfigError(
-                f"--{f.name} {ours} contradicts {path}, which was trained with {theirs}; leave the flag out"
-            )
+        pair = getattr(ours, f.name), getattr(theirs, f.name)
+        if pair[0] != pair[1] and f.name not in FREE_MODEL_FIELDS:
+            return f.name, *pair
+    return None
+
+
+def _refuse_contradictions(saved: ModelConfig, asked: ModelConfig, path: str) -> None:
+    if difference := shape_difference(asked, saved):
+        name, ours, theirs = difference
+        raise ConfigError(f"--{name} {ours} contradicts {path}, which was trained with {theirs}; leave the flag out")

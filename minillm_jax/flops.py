@@ -47,7 +47,7 @@ def count_params(config: ModelConfig, active: bool = False) -> int:
     return config.num_hidden_layers * (matrices + vectors) + tables + config.hidden_size
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def flops_per_token(config: ModelConfig, seq_len: int, *, frozen: bool = False) -> float:
     """Count the floating-point operations that training spends on one token, forward and backward.
 
     PaLM's convention (arXiv:2204.02311, appendix B), so that MFU compares with published numbers: `6 P + 12 L N H T`.
@@ -58,11 +58,12 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     Args:
         config: the model.
         seq_len: tokens T per row.
+        frozen: the weights are not trained (an adapter is): their own gradients, 2 P of the 6, are never computed.
     """
     matrices, _ = _layer_params(config, active=True)
     head = config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_size * seq_len
-    return 6.0 * (config.num_hidden_layers * matrices + head) + 12.0 * attention
+    return (4.0 if frozen else 6.0) * (config.num_hidden_layers * matrices + head) + 12.0 * attention
 
 
 PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (

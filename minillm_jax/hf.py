@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +27,6 @@ from jax.typing import ArrayLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from minillm_jax.checkpoint import Checkpointer
 from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ComputeConfig, ConfigError, ModelConfig
 from minillm_jax.hf_config import HfError, is_classifier, model_config_from_hf, model_config_to_hf
@@ -37,7 +35,7 @@ from minillm_jax.lm import LanguageModel, load
 from minillm_jax.model import Params, forward
 from minillm_jax.pretrained import CONFIG_FILE, GENERATION_CONFIG_FILE, load_params, load_tokenizer, read_hf_config
 from minillm_jax.reward import reward_scores
-from minillm_jax.run import clear_run, write_atomically
+from minillm_jax.run import write_run
 from minillm_jax.tokenizer import MissingTokenizer, Tokenizer
 
 UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
@@ -273,16 +271,8 @@ def import_command(
     config, params = load_params(source, dtype=None if dtype == "stored" else jnp.dtype(dtype))
     if tokenizer.vocab_size > config.vocab_size:
         raise HfError(f"the tokenizer has {tokenizer.vocab_size} tokens, and the model only {config.vocab_size}")
-    settings = {"stage": "import", "source": str(source), "dtype": dtype, "model": asdict(config)}
-    try:
-        clear_run(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
-        tokenizer.save(folder / "tokenizer")
-    except OSError as error:
-        raise HfError(f"--out_dir {folder}: cannot be written: {error}") from error
-    with Checkpointer(folder, keep=1, model_config=config, tokenizer_files=tokenizer.files()) as checkpointer:
-        checkpointer.save({"params": params, "step": jnp.zeros((), jnp.int32)}, {})
+    settings = {"stage": "import", "source": str(source), "dtype": dtype}
+    write_run(folder, config, params, tokenizer, settings, overwrite=overwrite)
     leaves = jax.tree.leaves(params)
     size = sum(leaf.nbytes for leaf in leaves) / 1e6
     print(f"{sum(leaf.size for leaf in leaves):,} parameters ({size:,.1f} MB in {leaves[0].dtype}) imported: {folder}")

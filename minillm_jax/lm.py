@@ -48,11 +48,16 @@ class Completion:
     finish_reason: str
 
 
-def load(path: str | Path, *, dtype: str | None = None, mesh: str | None = None) -> LanguageModel:
+def load(
+    path: str | Path, *, adapter: str | Path | None = None, dtype: str | None = None, mesh: str | None = None
+) -> LanguageModel:
     """Load a model from a run folder, one of its checkpoints or a Hugging Face folder.
+
+    An adapter's run is loaded with its base, and merged into it.
 
     Args:
         path: the folder. One without tokenizer files gives a model that takes and returns token ids only.
+        adapter: run (or checkpoint) of an adapter to put onto the model at `path`, another copy of its base.
         dtype: `float32`, `bfloat16` or another floating-point type that parameters are cast to while they are read;
             `stored` keeps what the folder holds. None is float32 on CPU, which computes in it, and `stored` elsewhere.
         mesh: how parameters are spread over devices, such as `fsdp=8`; None puts them on the first device.
@@ -60,11 +65,14 @@ def load(path: str | Path, *, dtype: str | None = None, mesh: str | None = None)
     Raises:
         CheckpointError: the folder holds no checkpoint; the message says what was expected.
         HfError: a Hugging Face folder holds something that is not implemented, or not all that is needed.
+        AdapterError: the base of an adapter is missing or has another shape, or `adapter` names none.
     """
+    base, path = (None, path) if adapter is None else (path, adapter)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "stored"
     shardings = None if mesh is None else tree_shardings(make_mesh(mesh), param_axes(read_model_config(path)))
-    config, params = load_params(path, dtype=None if dtype == "stored" else jnp.dtype(dtype), shardings=shardings)
+    kept = None if dtype == "stored" else jnp.dtype(dtype)
+    config, params = load_params(path, base=base, dtype=kept, shardings=shardings)
     return LanguageModel(config, params, load_tokenizer(path))
 
 

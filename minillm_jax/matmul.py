@@ -8,6 +8,7 @@ the rows and not E times as much.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -59,6 +60,34 @@ def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
     if jax.default_backend() == "cpu":
         return _blocked_matmul(x, w, sizes)
     return jax.lax.ragged_dot(x, w, sizes.astype(jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a product with W: `dropout(x) A B` (LoRA, arXiv:2106.09685).
+
+    Two thin products: nothing of W's size is made, forward or backward.
+
+    Attributes:
+        a: `[in, r]`, or `[E, in, r]` for experts.
+        b: `[r, out]`, or `[E, r, out]`, the adapter's scale included.
+        rate: scalar, probability of dropping an element of x; read only when there is a key.
+        key: randomness of this call's dropout; None for none.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    rate: jax.Array | None = None
+    key: jax.Array | None = None
+
+    def __call__(self, x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array] = matmul) -> jax.Array:
+        """Map `[..., in]` to `[..., out]` in the dtype of `x`; `product` multiplies rows by one factor."""
+        y = x
+        if self.key is not None and self.rate is not None:
+            keep = 1.0 - self.rate
+            y = jnp.where(jax.random.bernoulli(self.key, keep, x.shape), x / keep.astype(x.dtype), 0.0)
+        return product(product(y, self.a.astype(x.dtype)), self.b.astype(x.dtype))
 
 
 @jax.tree_util.register_dataclass

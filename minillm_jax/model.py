@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from minillm_jax.attention import CHECKPOINT_NAME, attention
 from minillm_jax.cache import KVCache, write_layer, write_slots
 from minillm_jax.config import ComputeConfig, ModelConfig
-from minillm_jax.matmul import matmul
+from minillm_jax.matmul import LowRank, matmul
 from minillm_jax.moe import auxiliary_loss, model_balancing_loss, moe_mlp, route
 from minillm_jax.rope import rope_tables, rotate
 from minillm_jax.sharding import constrain
@@ -94,6 +94,14 @@ class RMSNorm(nn.Module):
         return (y * scale).astype(x.dtype)
 
 
+def _adapter(module: nn.Module, name: str) -> LowRank | None:
+    """Read the adapter that `lora.combine` put beside a weight; it drops inputs where there is a rate and a key."""
+    if not module.has_variable("params", f"{name}_lora_a"):
+        return None
+    a, b, rate = (module.get_variable("params", f"{name}_lora_{part}") for part in ("a", "b", "dropout"))
+    return LowRank(a, b, rate, None if rate is None or not module.has_rng("dropout") else module.make_rng("dropout"))
+
+
 class Linear(nn.Module):
     """A matrix `[in, out]` with named axes, and a bias if asked."""
 
@@ -108,6 +116,8 @@ class Linear(nn.Module):
         init = _named(nn.initializers.normal(self.stddev), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         y = matmul(x, kernel.astype(x.dtype))
+        if (adapter := _adapter(self, "kernel")) is not None:
+            y = y + adapter(x)
         if self.use_bias:
             zeros = _named(nn.initializers.zeros_init(), (self.axes[1],))
             y = y + self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
@@ -179,8 +189,8 @@ class Experts(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return gate and up `[E, D, F]` and down `[E, F, D]`."""
+    def __call__(self, dtype: Any) -> tuple[tuple[jax.Array, ...], tuple[LowRank | None, ...]]:
+        """Return gate and up `[E, D, F]` and down `[E, F, D]`, and their adapters."""
         c = self.config
         out_std = c.initializer_range / math.sqrt(2 * c.num_hidden_layers)
 
@@ -189,11 +199,12 @@ class Experts(nn.Module):
             return self.param(name, init, shape, jnp.float32).astype(dtype)
 
         into, back = (c.num_experts, c.hidden_size, c.expert_size), (c.num_experts, c.expert_size, c.hidden_size)
-        return (
+        weights = (
             weight("gate_proj", ("experts", "embed", "mlp"), into, c.initializer_range),
             weight("up_proj", ("experts", "embed", "mlp"), into, c.initializer_range),
             weight("down_proj", ("experts", "mlp", "embed"), back, out_std),
         )
+        return weights, tuple(_adapter(self, name) for name in ("gate_proj", "up_proj", "down_proj"))
 
 
 class MoE(nn.Module):
@@ -208,8 +219,8 @@ class MoE(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         logits = Linear(c.num_experts, ("embed", "norm"), c.initializer_range, name="router")(flat.astype(jnp.float32))
         routing = route(logits, c)
-        gate, up, down = Experts(c, name="experts")(x.dtype)
-        y = moe_mlp(flat, gate, up, down, routing).reshape(x.shape)
+        (gate, up, down), adapters = Experts(c, name="experts")(x.dtype)
+        y = moe_mlp(flat, gate, up, down, routing, adapters).reshape(x.shape)
         if c.n_shared_experts:
             y = y + MLP(c.n_shared_experts * c.expert_size, c, name="shared")(x)
         return y, *auxiliary_loss(routing, segment_ids, c)
@@ -257,9 +268,17 @@ class Block(nn.Module):
         return (x, kv), routed
 
 
+def _keep_product(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Keep products for the backward pass, but not an adapter's second: it is as large as x W, and quick to redo."""
+    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params):
+        return False
+    (contracted, _), _ = params["dimension_numbers"]
+    return 4 * math.prod(operands[0].shape[axis] for axis in contracted) > operands[1].shape[-1]
+
+
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        _keep_product,
         jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -375,13 +394,13 @@ def forward_hidden(
     """Run the transformer up to its final norm.
 
     Args:
-        params: parameter tree of `init_params`.
+        params: parameter tree of `init_params`, with or without an adapter's factors beside the weights.
         config: the model's shape.
         tokens: `[B, T]` ints.
         positions: `[B, T]` position of each token within its segment; None counts from 0 (or from the cache's index).
         segment_ids: `[B, T]`; tokens see their own segment only, 0 is padding; None makes each row one segment.
         cache: past keys and values; the call's tokens are written behind them.
-        dropout_key: turns dropout on.
+        dropout_key: turns dropout on, the adapter's included.
         compute: dtype, attention implementation, rematerialisation.
 
     Raises:

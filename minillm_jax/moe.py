@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from minillm_jax.config import ModelConfig
-from minillm_jax.matmul import grouped_matmul
+from minillm_jax.matmul import LowRank, grouped_matmul
 
 
 @jax.tree_util.register_dataclass
@@ -113,7 +113,14 @@ def model_balancing_loss(
     return config.router_aux_loss_coef * balance * (segment_ids > 0)
 
 
-def moe_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, routing: Routing) -> jax.Array:
+def moe_mlp(
+    x: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    routing: Routing,
+    adapters: tuple[LowRank | None, ...] = (None, None, None),
+) -> jax.Array:
     """Send tokens through their experts' SwiGLU layers and sum the weighted results.
 
     Args:
@@ -122,6 +129,7 @@ def moe_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, routi
         up: `[E, D, F]`.
         down: `[E, F, D]`.
         routing: k experts and weights per token.
+        adapters: what is added to the three products.
 
     Returns:
         `[M, D]` in the dtype of `x`.
@@ -132,8 +140,14 @@ def moe_mlp(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, routi
     inverse = jnp.argsort(order)
     sizes = jnp.bincount(assigned, length=gate.shape[0])
     rows = _dispatch(x, order, inverse, k)  # [M * k, D], grouped by expert
-    hidden = jax.nn.silu(grouped_matmul(rows, gate, sizes)) * grouped_matmul(rows, up, sizes)
-    outputs = _unsort(grouped_matmul(hidden, down, sizes), order, inverse)
+    grouped = functools.partial(grouped_matmul, sizes=sizes)
+
+    def project(rows: jax.Array, weight: jax.Array, adapter: LowRank | None) -> jax.Array:
+        y = grouped(rows, weight)
+        return y if adapter is None else y + adapter(rows, grouped)
+
+    hidden = jax.nn.silu(project(rows, gate, adapters[0])) * project(rows, up, adapters[1])
+    outputs = _unsort(project(hidden, down, adapters[2]), order, inverse)
     outputs = outputs.reshape(tokens, k, -1)
     return jnp.einsum("mkd,mk->md", outputs, routing.weights.astype(x.dtype))
 

@@ -1,6 +1,7 @@
 """Models on disk: whatever `--model_path` names, a run, one of its checkpoints or a Hugging Face folder.
 
 A path goes in; the model's shape, its parameters or its tokenizer come out, in the same form for each kind of folder.
+The run of an adapter stands for the model that it makes of its base.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
 from minillm_jax import checkpoint
+from minillm_jax.adapter_file import AdapterError, AdapterFile, read_adapter_file
 from minillm_jax.checkpoint import Report
-from minillm_jax.config import ModelConfig
+from minillm_jax.config import ModelConfig, shape_difference
 from minillm_jax.hf_config import HfError, is_classifier, model_config_from_hf
 from minillm_jax.hf_tensors import read_params
+from minillm_jax.lora import merge
 from minillm_jax.model import Params
 from minillm_jax.tokenizer import MissingTokenizer, Tokenizer
 
 CONFIG_FILE, GENERATION_CONFIG_FILE = "config.json", "generation_config.json"
+PEFT_CONFIG_FILE = "adapter_config.json"
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any] | None:
@@ -29,6 +36,8 @@ def read_hf_config(path: str | Path) -> dict[str, Any] | None:
     """
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
+        if (Path(path) / PEFT_CONFIG_FILE).is_file():
+            raise HfError(f"{path}: is an adapter of PEFT; make a run of it with python -m minillm_jax.lora import")
         if any(Path(path).glob("*.safetensors")):
             raise HfError(f"{path}: has weights but no {CONFIG_FILE}")
         return None
@@ -50,24 +59,61 @@ def read_model_config(path: str | Path) -> ModelConfig:
 
 
 def load_params(
-    path: str | Path, *, dtype: Any = None, shardings: Any = None, report: Report = warnings.warn
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: Any = None,
+    shardings: Any = None,
+    report: Report = warnings.warn,
 ) -> tuple[ModelConfig, Params]:
     """Load a model's shape and parameters; see `checkpoint.load_params` and `hf_tensors.read_params`.
 
     Args:
-        path: the folder.
+        path: the folder. An adapter's run gives the parameters of its base with the adapter merged into them.
+        base: base to put an adapter onto, in place of the one that it was trained on.
         dtype: what to cast parameters to while reading; None keeps what is stored.
         shardings: tree like the parameters; None puts them on the first device.
         report: called with one sentence per damaged checkpoint that was passed over.
 
     Raises:
         HfError, CheckpointError: the folder holds no model, or one that cannot be read.
+        AdapterError: an adapter's base is missing or has another shape, or a base was given and `path` is no adapter.
     """
     values = read_hf_config(path)
+    file = read_adapter_file(path) if values is None else None
+    if file is not None:
+        return _load_adapted(path, file, base, dtype, shardings, report)
+    if base is not None:
+        raise AdapterError(f"{path} is no adapter's run")
     if values is None:
         return checkpoint.load_params(path, dtype=dtype, shardings=shardings, report=report)
     config = _in_folder(path, values)
     return config, read_params(Path(path), config, scored=is_classifier(values), dtype=dtype, shardings=shardings)
+
+
+def pin(path: str | Path) -> Path:
+    """Name a model so that it stays what it is now: of a run, the newest good checkpoint.
+
+    Raises:
+        HfError, CheckpointError: the folder holds no model.
+    """
+    return Path(path).absolute() if read_hf_config(path) is not None else checkpoint.find_checkpoint(path)
+
+
+def _load_adapted(
+    path: str | Path, file: AdapterFile, base: str | Path | None, dtype: Any, shardings: Any, report: Report
+) -> tuple[ModelConfig, Params]:
+    config, adapter = checkpoint.load_params(path, report=report)
+    base = file.find_base(path) if base is None else base
+    base_config, params = load_params(base, dtype=dtype, shardings=shardings, report=report)
+    if difference := shape_difference(config.resolved(), base_config.resolved()):
+        name, ours, theirs = difference
+        raise AdapterError(f"{path} adapts a model with {name} {ours}; {base} has {theirs} and cannot be its base")
+    where = dict(jax.tree_util.tree_flatten_with_path(jax.tree.map(lambda leaf: leaf.sharding, params))[0])
+    if isinstance(first := next(iter(where.values())), NamedSharding):
+        adapter = jax.device_put(adapter, NamedSharding(first.mesh, PartitionSpec()))
+    merged = jax.jit(merge, static_argnums=2, donate_argnums=0)(params, adapter, file.lora)
+    return config, jax.tree.map_with_path(lambda key, leaf: jax.device_put(leaf, where.get(key, leaf.sharding)), merged)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

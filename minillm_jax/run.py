@@ -1,7 +1,9 @@
 """The run folder, and what every training stage does around its loss: open, resume or refuse, load, report errors.
 
-`open_run` turns a stage's configuration into a folder on disk with `config.json` and `tokenizer/` in it. A folder
-that already holds a run is resumed, and only when the flags describe the same run.
+What a run trains is decided here: with `--lora_rank` an adapter takes the place of the parameters, in optimizer state
+and checkpoints alike, and a stage's loss does not notice. `open_run` turns a stage's configuration into a folder on
+disk with `config.json` and `tokenizer/` in it. A folder that already holds a run is resumed, and only when the flags
+describe the same run.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from minillm_jax.adapter_file import ADAPTER_FILE, AdapterFile
+from minillm_jax.checkpoint import TOKENIZER, Checkpointer
 from minillm_jax.config import (
     ComputeConfig,
     ConfigError,
     DataConfig,
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -30,10 +35,12 @@ from minillm_jax.config import (
 )
 from minillm_jax.data import Rows, load_rows
 from minillm_jax.lm import LanguageModel
+from minillm_jax.lora import adapted_loss, adapter_axes, combine, init_adapter, target_paths
 from minillm_jax.losses import LossFn
 from minillm_jax.metrics import plot_curves
 from minillm_jax.model import Params, init_params, param_axes
-from minillm_jax.pretrained import load_params, load_tokenizer, read_hf_config
+from minillm_jax.pretrained import load_params, load_tokenizer, pin, read_hf_config
+from minillm_jax.sharding import tree_shardings
 from minillm_jax.tokenizer import Tokenizer
 from minillm_jax.trainer import Job, train
 
@@ -47,7 +54,7 @@ MAY_CHANGE = {
 
 
 class StageConfig(Protocol):
-    """What a supervised stage's configuration holds."""
+    """What a supervised stage's configuration holds; one that has a group `lora` as well can train an adapter."""
 
     @property
     def run(self) -> RunConfig: ...  # noqa: D102
@@ -80,7 +87,8 @@ def open_run(config: StageConfig) -> Run:
     """Create or reopen the run folder of a stage.
 
     Raises:
-        ConfigError: the folder holds a run with other settings or files that are no run, or no tokenizer was named.
+        ConfigError: the folder holds a run with other settings or files that are no run, no tokenizer was named, or an
+            adapter was asked for without a base, or on targets that the model has not.
     """
     folder = Path(config.run.out_dir)
     saved_path = folder / "config.json"
@@ -88,6 +96,10 @@ def open_run(config: StageConfig) -> Run:
         clear_run(folder)
     tokenizer = _find_tokenizer(config.run, folder)
     model = _fit_vocabulary(config.model, tokenizer, config.run.model_path).resolved()
+    if (lora := lora_of(config)) is not None:
+        if config.run.model_path is None:
+            raise ConfigError("--lora_rank needs --model_path: an adapter is trained on a model that exists")
+        target_paths(_model_shapes(model), lora)
     settings = json.loads(to_json(config))
     settings["model"] = dataclasses.asdict(model)
     settings = json.loads(json.dumps(settings))
@@ -151,6 +163,49 @@ def _check_same_run(saved: dict[str, Any], asked: dict[str, Any], folder: Path) 
                 )
 
 
+def write_run(
+    folder: Path,
+    model: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    *,
+    files: dict[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Make a run of parameters that nothing was trained for here: one checkpoint, of step 0.
+
+    Args:
+        folder: the run folder to make.
+        model: shape of the model.
+        params: parameters, or an adapter.
+        tokenizer: of the model.
+        settings: what `config.json` says about where they come from.
+        files: saved in the checkpoint and in the folder.
+        overwrite: delete a run that is already there.
+
+    Raises:
+        ConfigError: the folder is in use, or cannot be written.
+        CheckpointError: the parameters cannot be written.
+    """
+    if overwrite:
+        clear_run(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"--out_dir {folder} is not empty; choose another folder, or --overwrite")
+    settings = settings | {"model": dataclasses.asdict(model)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in {"config.json": json.dumps(settings, indent=2) + "\n", **(files or {})}.items():
+            write_atomically(folder / name, text)
+        tokenizer.save(folder / TOKENIZER)
+    except OSError as error:
+        raise ConfigError(f"--out_dir {folder}: cannot be written: {error}") from error
+    with Checkpointer(
+        folder, keep=1, model_config=model, tokenizer_files=tokenizer.files(), files=files
+    ) as checkpointer:
+        checkpointer.save({"params": params, "step": jnp.zeros((), jnp.int32)}, {})
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a kill leaves the old one or the new one."""
     temporary = path.with_suffix(path.suffix + ".tmp")
@@ -165,6 +220,87 @@ def initial_params(run: Run, config: RunConfig) -> Callable[[Any], Params]:
         return lambda shardings: load_params(path, dtype=jnp.float32, shardings=shardings)[1]
     draw = partial(init_params, run.model)
     return lambda shardings: jax.jit(draw, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def _model_shapes(model: ModelConfig) -> Params:
+    return jax.eval_shape(partial(init_params, model), jax.random.key(0))
+
+
+def lora_of(config: StageConfig) -> LoraConfig | None:
+    """Return a stage's adapter settings; None when it trains all parameters."""
+    lora: LoraConfig = getattr(config, "lora", LoraConfig())
+    return lora if lora.lora_rank else None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the steps of a run change: all parameters, or an adapter on a frozen base.
+
+    Attributes:
+        init_params: makes the first of them, given their shardings.
+        param_shapes: tree of their abstract shapes.
+        param_axes: tree of their logical axis names.
+        lora: settings of the adapter; None for all parameters.
+        load_base: loads the adapter's base onto a mesh; None for all parameters.
+        files: what a checkpoint needs beside them.
+    """
+
+    init_params: Callable[[Any], Params]
+    param_shapes: Params
+    param_axes: Any
+    lora: LoraConfig | None = None
+    load_base: Callable[[Mesh], Params] | None = None
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def loss(self, loss_fn: LossFn) -> LossFn:
+        """Make a loss of all parameters one of what is trained; its `frozen` is then what `make_frozen` returns."""
+        return loss_fn if self.lora is None else adapted_loss(loss_fn, self.lora)
+
+    def make_frozen(self, rest: Callable[[Mesh, Params | None], Any] | None) -> Callable[[Mesh], Any] | None:
+        """Add the base, which is loaded once, to what else a loss takes; `rest` gets the base, or None."""
+        load_base = self.load_base
+        if load_base is None:
+            return None if rest is None else lambda mesh: rest(mesh, None)
+
+        def make(mesh: Mesh) -> dict[str, Any]:
+            base = load_base(mesh)
+            return {"base": base, "rest": None if rest is None else rest(mesh, base)}
+
+        return make
+
+    def params(self, trained: Params, frozen: Any) -> Params:
+        """Return parameters that the model takes, given what is trained and what `make_frozen` returned."""
+        return trained if self.lora is None else combine(frozen["base"], trained, self.lora)
+
+
+def what_to_train(config: StageConfig, run: Run) -> Trained:
+    """Decide by `--lora_rank` what a run trains.
+
+    A new run of an adapter pins its base in `adapter.json`; a resumed one takes the base that stands there.
+    """
+    shapes, axes = _model_shapes(run.model), param_axes(run.model)
+    if (lora := lora_of(config)) is None:
+        return Trained(initial_params(run, config.run), shapes, axes)
+    path = run.folder / ADAPTER_FILE
+    if path.exists():
+        file = AdapterFile.from_json(path.read_text("utf-8"))
+    else:
+        file = AdapterFile.of(lora, pin(str(config.run.model_path)), run.folder)
+        write_atomically(path, file.to_json())
+    draw = partial(init_adapter, shapes, lora)
+    key = jax.random.key(config.run.seed)
+
+    def load_base(mesh: Mesh) -> Params:
+        return load_params(file.find_base(run.folder), dtype=jnp.float32, shardings=tree_shardings(mesh, axes))[1]
+
+    return Trained(
+        init_params=lambda shardings: jax.jit(draw, out_shardings=shardings)(key),
+        param_shapes=jax.eval_shape(draw, key),
+        param_axes=adapter_axes(axes, shapes, lora),
+        lora=lora,
+        load_base=load_base,
+        files={ADAPTER_FILE: file.to_json()},
+    )
 
 
 def train_on_rows(
@@ -209,40 +345,47 @@ def run_job(
     train_rows: Rows,
     valid_rows: Rows | None,
     *,
-    make_frozen: Callable[[Mesh], Any] | None = None,
+    make_frozen: Callable[[Mesh, Params | None], Any] | None = None,
     sample: Callable[[LanguageModel], list[str]] | None = None,
 ) -> int:
-    """Train the model of a run.
+    """Train the model of a run, or an adapter on it where the configuration has a group `lora` with a rank.
 
     Args:
         config: the stage's configuration.
         run: its open folder.
-        loss_fn: the loss.
+        loss_fn: the loss, a function of all parameters in either case.
         train_rows: rows to learn from.
         valid_rows: held-out rows, or None.
-        make_frozen: makes the loss's argument that is not trained, on the mesh.
+        make_frozen: makes the loss's argument that is not trained, given the mesh and the base of an adapter, already
+            there (None when all parameters are trained): a reference model that is the base need not be loaded again.
         sample: texts to show every `sample_interval` steps.
 
     Returns:
         The exit status of the stage.
     """
-    key = jax.random.key(config.run.seed)
+    trained = what_to_train(config, run)
+
+    def show(params: Params, frozen: Any) -> list[str]:
+        return [] if sample is None else sample(LanguageModel(run.model, trained.params(params, frozen), run.tokenizer))
+
     job = Job(
         run=config.run,
         optim=config.optim,
         model=run.model,
-        loss_fn=loss_fn,
-        init_params=initial_params(run, config.run),
-        param_shapes=jax.eval_shape(partial(init_params, run.model), key),
-        param_axes=param_axes(run.model),
+        loss_fn=trained.loss(loss_fn),
+        init_params=trained.init_params,
+        param_shapes=trained.param_shapes,
+        param_axes=trained.param_axes,
         train_rows=train_rows,
         valid_rows=valid_rows,
         batch_size=config.data.batch_size,
         max_seq_len=config.data.max_seq_len,
         tokenizer_files=run.tokenizer.files(),
         settings=json.loads(to_json(config)),
-        make_frozen=make_frozen,
-        sample=None if sample is None else lambda params: sample(LanguageModel(run.model, params, run.tokenizer)),
+        make_frozen=trained.make_frozen(make_frozen),
+        sample=None if sample is None else show,
+        files=trained.files,
+        frozen_weights=trained.lora is not None,
     )
     status = train(job)
     plot_curves(run.folder)

@@ -189,7 +189,9 @@ class Job:
         tokenizer_files: saved inside every checkpoint.
         settings: everything that was set, for the loggers.
         make_frozen: makes (or loads) the argument of the loss that is not trained, on the mesh; None for none.
-        sample: returns sample texts of the given parameters, or None.
+        sample: returns sample texts, given the trained parameters and what is not trained; or None.
+        files: further texts by file name, saved inside every checkpoint.
+        frozen_weights: the model's own weights are not trained (an adapter is), which costs fewer FLOPs.
     """
 
     run: RunConfig
@@ -206,7 +208,9 @@ class Job:
     tokenizer_files: dict[str, str]
     settings: dict[str, Any]
     make_frozen: Callable[[Mesh], Any] | None = None
-    sample: Callable[[Params], list[str]] | None = None
+    sample: Callable[[Params, Any], list[str]] | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    frozen_weights: bool = False
 
     @property
     def rows_per_step(self) -> int:
@@ -238,7 +242,11 @@ def train(job: Job) -> int:
             "or a --mesh with a smaller data axis"
         )
     checkpointer = Checkpointer(
-        job.run.out_dir, keep=job.run.keep, model_config=job.model, tokenizer_files=job.tokenizer_files
+        job.run.out_dir,
+        keep=job.run.keep,
+        model_config=job.model,
+        tokenizer_files=job.tokenizer_files,
+        files=job.files,
     )
     peak = peak_flops(jax.devices()[0])  # may run a product on that device alone, so outside the mesh
     with jax.set_mesh(mesh), stop_on_signal() as stop, checkpointer:
@@ -299,7 +307,7 @@ class _Loop:
             if self.start:
                 what = "resuming" if self.start < self.total else "nothing left to do in"
                 self.logger.print(f"{what} {job.run.out_dir} after step {self.start} of {self.total}")
-            self.flops = flops_per_token(job.model, job.max_seq_len)
+            self.flops = flops_per_token(job.model, job.max_seq_len, frozen=job.frozen_weights)
             self.clock, self.clock_tokens = time.perf_counter(), 0
             pending: tuple[int, dict[str, jax.Array]] | None = None
             for step in range(self.start + 1, self.total + 1):
@@ -359,7 +367,7 @@ class _Loop:
         if evaluate:
             self._validate(step)
         if sample and self.job.sample is not None:
-            for text in self.job.sample(self.state["params"]):
+            for text in self.job.sample(self.state["params"], self.frozen):
                 self.logger.print(f"step {step} sample: {text}")
         if save:
             loss = self.valid_loss[1] if self.valid_loss is not None and self.valid_loss[0] == step else None

@@ -16,13 +16,14 @@ RANK = [
     "cache sharding flops matmul rope cli",
     "attention moe",
     "model",
-    "lora losses optim sampling metrics reward hf_tensors",
-    "checkpoint_files sampler",
-    "checkpoint",
+    "losses optim sampling metrics reward hf_tensors",
+    "lora checkpoint_files sampler",
+    "lora_peft checkpoint",
+    "adapter_file",
     "pretrained",
     "trainer lm",
     "scoring run",
-    "hf",
+    "hf lora_commands",
     "evaluation",
 ]
 """Modules of the library; each imports only those of earlier lines, and tokenizer, chat and data one another."""
@@ -33,8 +34,10 @@ FILES = [p for folder in ("minillm_jax", "train", "rl", "serve") for p in (ROOT 
 
 
 def imports(path):
-    """Absolute module names that a file imports anywhere, type-checking blocks aside."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Absolute module names that a file imports anywhere, what it does when it is run as a command aside."""
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if ast.unparse(node).splitlines()[0] != "if __name__ == '__main__':"]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -3,7 +3,8 @@
     python -m train.sft --data_path chats.jsonl --model_path out/pretrain --out_dir out/sft
 
 Rows are `{"conversations": [{"role": …, "content": …}, …]}`. The chat template renders tokens and loss mask together:
-only what the assistant says, its end token included, is trained.
+only what the assistant says, its end token included, is trained. With `--lora_rank 8` an adapter is trained in place
+of the parameters; `train.sft_lora` is the same with settings that suit adapters.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from minillm_jax.chat import render
 from minillm_jax.cli import setup_jax, user_errors
-from minillm_jax.config import ComputeConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, parse_cli
+from minillm_jax.config import ComputeConfig, DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, parse_cli
 from minillm_jax.lm import LanguageModel, generate
 from minillm_jax.losses import language_model_loss
 from minillm_jax.pretrained import read_model_config
@@ -30,6 +31,20 @@ class SftConfig:
     model: ModelConfig
     optim: OptimConfig = OptimConfig(learning_rate=5e-4)
     compute: ComputeConfig = ComputeConfig()
+    lora: LoraConfig = LoraConfig()
+
+
+def fine_tune(config: SftConfig) -> int:
+    """Train on conversations; returns the exit status."""
+    run = open_run(config)
+
+    def sample(lm: LanguageModel) -> list[str]:
+        turns = [[{"role": "user", "content": prompt}] for prompt in config.run.sample_prompts]
+        prompts = [render(lm.tokenizer, turn, add_generation_prompt=True).token_ids for turn in turns]
+        completions = generate(lm, prompts, SamplingParams(max_new_tokens=48, temperature=0.0))
+        return [f"{p} → {c.text}" for p, c in zip(config.run.sample_prompts, completions, strict=True)]
+
+    return train_on_rows(config, run, "sft", language_model_loss(run.model, config.compute), sample)
 
 
 def main() -> int:
@@ -37,15 +52,7 @@ def main() -> int:
     with user_errors():
         config = parse_cli(SftConfig, str(__doc__), read_model=read_model_config)
         setup_jax()
-        run = open_run(config)
-
-        def sample(lm: LanguageModel) -> list[str]:
-            turns = [[{"role": "user", "content": prompt}] for prompt in config.run.sample_prompts]
-            prompts = [render(lm.tokenizer, turn, add_generation_prompt=True).token_ids for turn in turns]
-            completions = generate(lm, prompts, SamplingParams(max_new_tokens=48, temperature=0.0))
-            return [f"{p} → {c.text}" for p, c in zip(config.run.sample_prompts, completions, strict=True)]
-
-        return train_on_rows(config, run, "sft", language_model_loss(run.model, config.compute), sample)
+        return fine_tune(config)
 
 
 if __name__ == "__main__":
