@@ -238,7 +238,7 @@ def _read_leaf(
 ) -> jax.Array:
     stored = [jnp.dtype(FLOATS[files.dtype[piece.name]]) for piece in pieces]
     dtype = jnp.dtype(functools.reduce(jnp.promote_types, stored) if dtype is None else dtype)
-    leaf = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    leaf = jnp.zeros(shape, dtype, device=sharding)
     place = _placer(sharding)
     for piece in pieces:
         at = _piece_sharding(sharding, len(piece.index), len(piece.shape), piece.transposed)
@@ -248,6 +248,7 @@ def _read_leaf(
     return leaf
 
 
+@functools.lru_cache(maxsize=64)
 def _placer(sharding: Sharding) -> Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]:
     """Make the function that writes one tensor into a leaf, in place."""
 
