@@ -179,6 +179,11 @@ class Tokenizer:
         return found[0]
 
     @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Temporary."""
+        return (self.eos_token_id,)
+
+    @cached_property
     def bos_token_id(self) -> int:
         """Begin of a document: `bos_token` of the configuration; a tokenizer without one begins with its end token."""
         return self._id_or_eos("bos_token")
