@@ -20,7 +20,7 @@ RANK = [
     "checkpoint",
     "pretrained",
     "trainer lm",
-    "scoring run",
+    "scoring run preference",
     "hf",
     "evaluation",
 ]
