@@ -170,6 +170,28 @@ VARIANTS: dict[str, Variant] = {
 """What a score is: log π(y|x), less log π_ref(y|x) with a reference, over |y| if normalised by length."""
 
 
+def pair_losses(
+    settings: PreferenceConfig, logps: jax.Array, ref_logps: jax.Array | None, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Loss of each pair, the SFT term included, from its log-probabilities.
+
+    Args:
+        settings: the variant and its coefficients.
+        logps: `[B, 2]` policy log-probabilities, summed over the tokens of chosen and rejected answers.
+        ref_logps: `[B, 2]` those of the reference; not read by variants without one.
+        lengths: `[B, 2]` tokens of the answers, at least 1.
+
+    Returns:
+        Losses `[B]`, and rewards `[B, 2]`: β times the score of each answer.
+    """
+    variant, c = VARIANTS[settings.loss_type], settings.coefficients()
+    scores = logps - ref_logps if variant.needs_reference and ref_logps is not None else logps
+    if c.length_normalized:
+        scores = scores / lengths
+    sft = -logps[:, 0] / lengths[:, 0]
+    return variant.loss(scores[:, 0], scores[:, 1], c) + c.sft_weight * sft, c.beta * scores
+
+
 # --- Pairs through a model ----------------------------------------------------------------------------------------
 
 
@@ -215,7 +237,6 @@ def preference_loss(config: ModelConfig, compute: ComputeConfig, settings: Prefe
     `kl`, log π_ref - log π averaged over all answers: the divergence of the policy from the reference, KL(π_ref ‖ π) in
     nats per answer, as far as the answers are ones that the reference would give, which is DPO's own assumption.
     """
-    variant, c = VARIANTS[settings.loss_type], settings.coefficients()
 
     def loss_fn(
         params: Params, frozen: Any, batch: Batch, key: jax.Array | None
@@ -224,13 +245,9 @@ def preference_loss(config: ModelConfig, compute: ComputeConfig, settings: Prefe
         real = (lengths > 0).all(-1)
         lengths = jnp.maximum(lengths, 1.0)
         logps, output = pair_logps(params, config, compute, batch, key)
-        logps = jnp.where(real[:, None], logps, -1.0)  # a certain answer would have infinite odds
-        log_ratios = logps
-        if variant.needs_reference:
-            log_ratios = logps - _reference(frozen, config, compute, batch)
-        scores = log_ratios / lengths if c.length_normalized else log_ratios
-        rewards, sft = c.beta * scores, -logps[:, 0] / lengths[:, 0]
-        loss = variant.loss(scores[:, 0], scores[:, 1], c) + c.sft_weight * sft
+        logps = jnp.where(real[:, None], logps, -1.0)  # an answer that is certain would have infinite odds
+        ref_logps = _reference(frozen, config, compute, batch) if settings.needs_reference else None
+        loss, rewards = pair_losses(settings, logps, ref_logps, lengths)
         per_pair = {
             "loss": loss,
             "rewards_chosen": rewards[:, 0],
@@ -240,10 +257,10 @@ def preference_loss(config: ModelConfig, compute: ComputeConfig, settings: Prefe
             "logps_chosen": logps[:, 0],
             "logps_rejected": logps[:, 1],
         }
-        if variant.needs_reference:
-            per_pair["kl"] = -log_ratios.mean(-1)
-        if c.sft_weight:
-            per_pair["sft_loss"] = sft
+        if ref_logps is not None:
+            per_pair["kl"] = (ref_logps - logps).mean(-1)
+        if settings.coefficients().sft_weight:
+            per_pair["sft_loss"] = -logps[:, 0] / lengths[:, 0]
         if output.router_loss is not None:
             per_pair["router_loss"] = _per_pair(output.router_loss, batch["segment_ids"])
             loss = loss + per_pair["router_loss"]
