@@ -22,7 +22,7 @@ RANK = [
     "adapter_file",
     "pretrained",
     "trainer lm",
-    "scoring run",
+    "scoring run preference",
     "hf lora_commands",
     "evaluation",
 ]

@@ -9,4 +9,6 @@ from minillm_jax.data.loader import eval_batches as eval_batches
 from minillm_jax.data.loader import load_rows as load_rows
 from minillm_jax.data.loader import make_iterator as make_iterator
 from minillm_jax.data.packing import Batch as Batch
+from minillm_jax.data.preference import PairRows as PairRows
+from minillm_jax.data.preference import load_pairs as load_pairs
 from minillm_jax.data.records import read_records as read_records

@@ -24,10 +24,19 @@ from typing import Any, cast
 
 import numpy as np
 
-from minillm_jax.chat import ChatError, render
+from minillm_jax.chat import ChatError, Rendered, render
 from minillm_jax.data.documents import Documents, read_documents
 from minillm_jax.data.errors import DataError, OnBadRow, SkipReport
-from minillm_jax.data.records import PretrainRecord, Record, SftRecord, bad_row, chat_field_error, read_file
+from minillm_jax.data.records import (
+    PreferenceRecord,
+    PretrainRecord,
+    Record,
+    SftRecord,
+    Turns,
+    bad_row,
+    chat_field_error,
+    read_file,
+)
 from minillm_jax.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -88,8 +97,74 @@ def encode_sft(tokenizer: Tokenizer, records: Sequence[SftRecord]) -> Encoded:
     )
 
 
-ENCODERS: dict[str, Callable[[Tokenizer, Any], Encoded]] = {"pretrain": encode_pretrain, "sft": encode_sft}
-"""Kinds of row that become training documents."""
+def encode_preference(tokenizer: Tokenizer, records: Sequence[PreferenceRecord]) -> Encoded:
+    """Render each pair as two documents, chosen before rejected; only their last turns carry loss."""
+    sides: list[Rendered] = []
+    bad = []
+    for record in records:
+        try:
+            sides += _render_pair(tokenizer, record)
+        except ChatError as error:
+            bad.append((record, error))
+    return Encoded(
+        _join([side.token_ids for side in sides], np.int32),
+        np.array([len(side.token_ids) for side in sides], np.int64),
+        _join([side.mask for side in sides], np.uint8),
+        bad,
+    )
+
+
+def _render_pair(tokenizer: Tokenizer, record: PreferenceRecord) -> tuple[Rendered, Rendered]:
+    """Render both sides of a pair behind the prompt that they share.
+
+    Raises:
+        ChatError: an answer is empty, prompts differ, or answers do not.
+    """
+    for name, turns in (("chosen", record.chosen), ("rejected", record.rejected)):
+        last = turns[-1]
+        if not any((str(last.get("content") or "").strip(), last.get("reasoning_content"), last.get("tool_calls"))):
+            raise ChatError(f"{name}[{len(turns) - 1}].content: is empty; there is no answer to compare")
+    prompt = _prompt_ids(tokenizer, record.chosen, record.tools, "chosen")
+    if record.rejected[:-1] != record.chosen[:-1]:  # other turns may still render to the same prompt
+        other = _prompt_ids(tokenizer, record.rejected, record.tools, "rejected")
+        if other != prompt:
+            raise ChatError("rejected: has another prompt than chosen; both must answer the same turns")
+    chosen, rejected = (
+        _last_turn_only(render(tokenizer, turns, tools=record.tools, field=name), prompt)
+        for name, turns in (("chosen", record.chosen), ("rejected", record.rejected))
+    )
+    if chosen.token_ids == rejected.token_ids:
+        raise ChatError("rejected: is the same as chosen; there is nothing to prefer")
+    return chosen, rejected
+
+
+def _prompt_ids(tokenizer: Tokenizer, turns: Turns, tools: Any, field: str) -> list[int]:
+    """Tokens of the turns before the last, with the opening of the assistant's turn."""
+    if len(turns) < 2:
+        raise ChatError(f"{field}: has no turn before the answer")
+    return render(tokenizer, turns[:-1], tools=tools, add_generation_prompt=True, field=field).token_ids
+
+
+def _last_turn_only(rendered: Rendered, prompt: Sequence[int]) -> Rendered:
+    """Keep the loss mask of the last turn, which is what follows the prompt.
+
+    A template without generation tags may split the prompt's text into tokens in another way once it is answered; then
+    the last turn is the last run of trained tokens, since such templates make one of each turn.
+    """
+    ids, mask = rendered.token_ids, rendered.mask
+    begin = len(prompt)
+    if ids[:begin] != list(prompt):
+        trained = np.flatnonzero(mask)
+        begin = int(trained[np.flatnonzero(np.diff(trained, prepend=-2) > 1)[-1]])
+    return Rendered(ids, [0] * begin + mask[begin:])
+
+
+ENCODERS: dict[str, Callable[[Tokenizer, Any], Encoded]] = {
+    "pretrain": encode_pretrain,
+    "sft": encode_sft,
+    "preference": encode_preference,
+}
+"""Kinds of row that become training documents; a preference row becomes two."""
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -199,7 +274,7 @@ def _tokenize(
             yield chunk
 
     path = folder / "documents.arrow"
-    _write_arrow(path, _blocks(chunks()), with_mask=kind == "sft", vocab_size=tokenizer.vocab_size)
+    _write_arrow(path, _blocks(chunks()), with_mask=kind != "pretrain", vocab_size=tokenizer.vocab_size)
     if _entry_name(file, kind, tokenizer) != name:
         raise DataError(f"{file}: changed while it was being read; start again when it is complete")
     info = {
@@ -258,7 +333,7 @@ def tokenize_file(
 
     Args:
         file: rows of `kind`.
-        kind: "pretrain" or "sft".
+        kind: "pretrain", "sft" or "preference".
         tokenizer: encodes plain text and, for sft, carries the chat template.
         on_bad_row: "error" stops at the first bad row; "skip" leaves it out and counts it.
         cache_dir: where tokenised files are kept; None is $MINILLM_CACHE or ~/.cache/minillm_jax.

@@ -130,7 +130,7 @@ def load_rows(
     Raises:
         DataError: a bad row, files that cannot be read, or too few documents.
     """
-    tokenize = _Tokenize(kind, tokenizer, max_seq_len, on_bad_row, cache_dir, num_proc, report)
+    tokenize = Tokenize(kind, tokenizer, max_seq_len, on_bad_row, cache_dir, num_proc, report)
     sources = resolve_sources(path_specs)
     stores = tokenize(sources)
     weights = [source.weight for source in sources if source.weight is not None]
@@ -154,7 +154,7 @@ def load_rows(
 
 
 @dataclass(frozen=True)
-class _Tokenize:
+class Tokenize:
     """Tokenises sources and reports what came of it."""
 
     kind: str
@@ -167,6 +167,10 @@ class _Tokenize:
 
     def __call__(self, sources: Sequence[Source]) -> list[Documents]:
         """Return the usable documents of each source, cut to the row length if they are conversations."""
+        return self._usable(sources, self.whole(sources))
+
+    def whole(self, sources: Sequence[Source]) -> list[Documents]:
+        """Return all documents of each source, whatever their length."""
         begin, skipped = time.monotonic(), SkipReport()
         documents, files = {True: 0, False: 0}, {True: 0, False: 0}
         stores = []
@@ -196,7 +200,7 @@ class _Tokenize:
             self.report(f"reusing {documents[True]:,} tokenised documents of {files[True]:,} file(s) from {folder}")
         for line in skipped.lines():
             self.report(line)
-        return self._usable(sources, stores)
+        return stores
 
     def _usable(self, sources: Sequence[Source], stores: Sequence[Documents]) -> list[Documents]:
         limit, cut, useless, usable = self.max_seq_len + 1, 0, 0, []
