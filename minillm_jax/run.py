@@ -28,14 +28,14 @@ from minillm_jax.config import (
     RunConfig,
     to_json,
 )
-from minillm_jax.data import Rows, load_rows
+from minillm_jax.data import Rows, TokenRows, load_rows
 from minillm_jax.lm import LanguageModel
 from minillm_jax.losses import LossFn
 from minillm_jax.metrics import plot_curves
 from minillm_jax.model import Params, init_params, param_axes
 from minillm_jax.pretrained import load_params, load_tokenizer, read_hf_config
 from minillm_jax.tokenizer import Tokenizer
-from minillm_jax.trainer import Job, train
+from minillm_jax.trainer import Job, TransformBatch, train
 
 MAY_CHANGE = {
     "run": {"epochs", "steps", "save_interval", "keep", "log_interval", "eval_interval", "sample_interval",
@@ -186,8 +186,14 @@ def train_on_rows(
     Returns:
         The exit status of the stage.
     """
+    train_rows, valid_rows = load_stage_rows(config, run, kind)
+    return run_job(config, run, loss_fn, train_rows, valid_rows, sample=sample)
+
+
+def load_stage_rows(config: StageConfig, run: Run, kind: str) -> tuple[TokenRows, TokenRows | None]:
+    """Tokenise and pack the rows that a stage's configuration names; see `data.load_rows`."""
     data = config.data
-    train_rows, valid_rows = load_rows(
+    return load_rows(
         data.data_path,
         kind,
         run.tokenizer,
@@ -199,7 +205,6 @@ def train_on_rows(
         valid_fraction=data.valid_fraction,
         valid_path=data.valid_path,
     )
-    return run_job(config, run, loss_fn, train_rows, valid_rows, sample=sample)
 
 
 def run_job(
@@ -211,6 +216,7 @@ def run_job(
     *,
     make_frozen: Callable[[Mesh], Any] | None = None,
     sample: Callable[[LanguageModel], list[str]] | None = None,
+    transform_batch: TransformBatch | None = None,
 ) -> int:
     """Train the model of a run.
 
@@ -222,6 +228,7 @@ def run_job(
         valid_rows: held-out rows, or None.
         make_frozen: makes the loss's argument that is not trained, on the mesh.
         sample: texts to show every `sample_interval` steps.
+        transform_batch: see `trainer.Job`.
 
     Returns:
         The exit status of the stage.
@@ -243,6 +250,7 @@ def run_job(
         settings=json.loads(to_json(config)),
         make_frozen=make_frozen,
         sample=None if sample is None else lambda params: sample(LanguageModel(run.model, params, run.tokenizer)),
+        transform_batch=transform_batch,
     )
     status = train(job)
     plot_curves(run.folder)
