@@ -28,7 +28,17 @@ RANK = [
 """Modules of the library; each imports only those of earlier lines, and tokenizer, chat and data one another."""
 RANK_OF = {name: rank for rank, names in enumerate(RANK) for name in names.split()}
 TOGETHER = {"tokenizer", "chat", "data"}
-WITHOUT_JAX = set("errors reasoning config hf_config tokenizer_files tokenizer_training tokenizer chat data".split())
+WITHOUT_JAX = {
+    "errors",
+    "reasoning",
+    "config",
+    "hf_config",
+    "tokenizer_files",
+    "tokenizer_training",
+    "tokenizer",
+    "chat",
+    "data",
+}
 FILES = [p for folder in ("minillm_jax", "train", "rl", "serve") for p in (ROOT / folder).rglob("*.py")]
 
 
