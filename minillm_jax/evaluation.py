@@ -18,6 +18,7 @@ import numpy as np
 from minillm_jax.data import DataError
 from minillm_jax.data.records import ChoiceRecord, ExactRecord, PairsRecord, PretrainRecord
 from minillm_jax.lm import Completion
+from minillm_jax.reasoning import read_reasoning
 from minillm_jax.scoring import Scores, Span
 from minillm_jax.tokenizer import Tokenizer, encode_documents
 
@@ -150,17 +151,67 @@ def evaluate_exact(
         show: receives a line for each of the first few wrong answers.
         progress: called with prompts done and prompts in all.
     """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    replies: dict[int, Completion] = {}
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        replies.update(zip(batch, complete([prompts[i] for i in batch]), strict=True))
-        progress(len(replies), len(order))
+    replies = complete_all(prompts, complete, batch_size, progress)
     right = [final_answer(replies[i].text) == record.answer.strip() for i, record in enumerate(records)]
     for i in [i for i, is_right in enumerate(right) if not is_right][:WRONG_ANSWERS_SHOWN]:
         show(f"wrong: {records[i].prompt[-200:]!r} → {replies[i].text[:200]!r}, expected {records[i].answer[:200]!r}")
     return {
         "accuracy": accuracy(right),
         **accuracy_by("family", [record.family for record in records], right),
-        "tokens_processed": sum(len(reply.token_ids) for reply in replies.values()),
+        "tokens_processed": sum(len(reply.token_ids) for reply in replies),
     }
+
+
+def evaluate_reasoning(
+    prompts: Sequence[Sequence[int]],
+    references: Sequence[str],
+    complete: Complete,
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Metrics:
+    """Generate a reply to each prompt, and look at its form and its answer.
+
+    Args:
+        prompts: token ids of each, rendered.
+        references: what the rows themselves reply.
+        complete: answers a batch of prompts.
+        batch_size: prompts per batch.
+        progress: called with prompts done and prompts in all.
+
+    Returns:
+        `rows`; `well_formed`, the share of replies that are a thought and an answer, see `reasoning.read_reasoning`;
+        `rows_with_answer`, rows whose own reply is; `accuracy`, the share of those whose answer is given exactly;
+        `unfinished`, the share of replies that were cut off at the longest length.
+    """
+    replies = complete_all(prompts, complete, batch_size, progress)
+    read = [read_reasoning(reply.text) for reply in replies]
+    expected = [read_reasoning(reference) for reference in references]
+    right = [
+        ours is not None and ours.answer == theirs.answer
+        for ours, theirs in zip(read, expected, strict=True)
+        if theirs is not None
+    ]
+    return {
+        "rows": len(prompts),
+        "well_formed": accuracy([reasoning is not None for reasoning in read]),
+        "unfinished": accuracy([reply.finish_reason == "length" for reply in replies]),
+        "rows_with_answer": len(right),
+        "accuracy": accuracy(right) if right else None,
+    }
+
+
+def complete_all(
+    prompts: Sequence[Sequence[int]],
+    complete: Complete,
+    batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Completion]:
+    """Answer prompts in batches of similar length, the longest first; replies come in the prompts' own order."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    replies: dict[int, Completion] = {}
+    for begin in range(0, len(order), batch_size):
+        batch = order[begin : begin + batch_size]
+        replies.update(zip(batch, complete([prompts[i] for i in batch]), strict=True))
+        progress(len(replies), len(order))
+    return [replies[i] for i in range(len(prompts))]

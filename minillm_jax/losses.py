@@ -7,14 +7,14 @@ so that adding micro-batches or shards and dividing once at the end gives exactl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from minillm_jax.config import ComputeConfig, ModelConfig
-from minillm_jax.model import Params, forward_hidden, unembed
+from minillm_jax.model import ModelOutput, Params, forward_hidden, unembed
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -53,20 +53,40 @@ def token_logprobs(params: Params, config: ModelConfig, hidden: jax.Array, targe
     Returns:
         `[B, T]` float32.
     """
-    batch, length = targets.shape
-    chunks = math.ceil(batch * length * config.vocab_size * 4 / LOGITS_BYTES)
-    if chunks <= 1:
+
+    def logprobs(hidden: jax.Array, targets: jax.Array) -> jax.Array:
         return logprobs_from_logits(unembed(params, config, hidden), targets)
+
+    return map_tokens(logprobs, (hidden, targets), config.vocab_size)
+
+
+def map_tokens(function: Callable[..., Any], arrays: tuple[jax.Array, ...], logits_per_token: int) -> Any:
+    """Apply a function that makes logits on the way, in chunks of tokens when they would exceed LOGITS_BYTES.
+
+    Args:
+        function: takes arrays `[..., *]` and returns a tree of arrays `[..., *]`, token by token.
+        arrays: its arguments, `[B, T, *]` each.
+        logits_per_token: floats that it makes per token.
+
+    Returns:
+        The tree of arrays `[B, T, *]`.
+    """
+    batch, length = arrays[0].shape[:2]
+    chunks = math.ceil(batch * length * logits_per_token * 4 / LOGITS_BYTES)
+    if chunks <= 1:
+        return function(*arrays)
     size = math.ceil(batch * length / chunks)
-    padding = chunks * size - batch * length
-    flat = jnp.pad(hidden.reshape(batch * length, -1), ((0, padding), (0, 0))).reshape(chunks, size, -1)
-    ids = jnp.pad(targets.reshape(-1), (0, padding)).reshape(chunks, size)
 
-    @jax.checkpoint
-    def chunk(args: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return logprobs_from_logits(unembed(params, config, args[0]), args[1])
+    def split(x: jax.Array) -> jax.Array:
+        flat = x.reshape(batch * length, *x.shape[2:])
+        padded = jnp.pad(flat, [(0, chunks * size - batch * length)] + [(0, 0)] * (flat.ndim - 1))
+        return padded.reshape(chunks, size, *x.shape[2:])
 
-    return jax.lax.map(chunk, (flat, ids)).reshape(-1)[: batch * length].reshape(batch, length)
+    def join(x: jax.Array) -> jax.Array:
+        return x.reshape(chunks * size, *x.shape[2:])[: batch * length].reshape(batch, length, *x.shape[2:])
+
+    chunk = jax.checkpoint(lambda parts: function(*parts))
+    return jax.tree.map(join, jax.lax.map(chunk, tuple(split(x) for x in arrays)))
 
 
 def masked_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
@@ -98,11 +118,36 @@ def language_model_loss(config: ModelConfig, compute: ComputeConfig) -> LossFn:
         weight = weights.sum()
         cross_entropy = -(token_logprobs(params, config, output.hidden, batch["targets"]) * weights).sum()
         metrics: Metrics = {"loss": (cross_entropy, weight)}
-        if output.router_loss is None or output.expert_load is None:
-            return cross_entropy, (weight, metrics)
-        router_loss = (output.router_loss * weights).sum()
-        metrics["router_loss"] = (router_loss, weight)
-        metrics["expert_load_max"] = (output.expert_load.max() * weight, weight)
-        return cross_entropy + router_loss, (weight, metrics)
+        router_loss, router_metrics = router_terms(output, weights)
+        return cross_entropy + router_loss, (weight, metrics | router_metrics)
 
     return loss_fn
+
+
+def router_terms(output: ModelOutput, weights: jax.Array) -> tuple[jax.Array | float, Metrics]:
+    """Sum the router's auxiliary loss over tokens of weights `[B, T]`, with what to log; nothing for a dense model."""
+    if output.router_loss is None or output.expert_load is None:
+        return 0.0, {}
+    weight = weights.sum()
+    router_loss = (output.router_loss * weights).sum()
+    return router_loss, {
+        "router_loss": (router_loss, weight),
+        "expert_load_max": (output.expert_load.max() * weight, weight),
+    }
+
+
+def reweighted(loss_fn: LossFn, token_ids: Sequence[int], factor: float) -> LossFn:
+    """Make a loss in which targets among `token_ids` weigh `factor` times as much.
+
+    The weight sum counts them `factor` times too, so the result is still a weighted mean, and untrained targets stay
+    untrained.
+    """
+    ids = jnp.asarray(token_ids, jnp.int32)
+
+    def reweighted_loss(
+        params: Params, frozen: Any, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        factors = jnp.where(jnp.isin(batch["targets"], ids), factor, 1.0)
+        return loss_fn(params, frozen, batch | {"weights": batch["weights"] * factors}, key)
+
+    return reweighted_loss

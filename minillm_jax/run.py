@@ -33,7 +33,7 @@ from minillm_jax.config import (
     RunConfig,
     to_json,
 )
-from minillm_jax.data import Rows, load_rows
+from minillm_jax.data import Rows, TokenRows, load_rows
 from minillm_jax.lm import LanguageModel
 from minillm_jax.lora import adapted_loss, adapter_axes, combine, init_adapter, target_paths
 from minillm_jax.losses import LossFn
@@ -42,7 +42,7 @@ from minillm_jax.model import Params, init_params, param_axes
 from minillm_jax.pretrained import load_params, load_tokenizer, pin, read_hf_config
 from minillm_jax.sharding import tree_shardings
 from minillm_jax.tokenizer import Tokenizer
-from minillm_jax.trainer import Job, train
+from minillm_jax.trainer import Job, TransformBatch, train
 
 MAY_CHANGE = {
     "run": {"epochs", "steps", "save_interval", "keep", "log_interval", "eval_interval", "sample_interval",
@@ -322,8 +322,14 @@ def train_on_rows(
     Returns:
         The exit status of the stage.
     """
+    train_rows, valid_rows = load_stage_rows(config, run, kind)
+    return run_job(config, run, loss_fn, train_rows, valid_rows, sample=sample)
+
+
+def load_stage_rows(config: StageConfig, run: Run, kind: str) -> tuple[TokenRows, TokenRows | None]:
+    """Tokenise and pack the rows that a stage's configuration names; see `data.load_rows`."""
     data = config.data
-    train_rows, valid_rows = load_rows(
+    return load_rows(
         data.data_path,
         kind,
         run.tokenizer,
@@ -335,7 +341,6 @@ def train_on_rows(
         valid_fraction=data.valid_fraction,
         valid_path=data.valid_path,
     )
-    return run_job(config, run, loss_fn, train_rows, valid_rows, sample=sample)
 
 
 def run_job(
@@ -347,6 +352,7 @@ def run_job(
     *,
     make_frozen: Callable[[Mesh, Params | None], Any] | None = None,
     sample: Callable[[LanguageModel], list[str]] | None = None,
+    transform_batch: TransformBatch | None = None,
 ) -> int:
     """Train the model of a run, or an adapter on it where the configuration has a group `lora` with a rank.
 
@@ -359,6 +365,7 @@ def run_job(
         make_frozen: makes the loss's argument that is not trained, given the mesh and the base of an adapter, already
             there (None when all parameters are trained): a reference model that is the base need not be loaded again.
         sample: texts to show every `sample_interval` steps.
+        transform_batch: see `trainer.Job`.
 
     Returns:
         The exit status of the stage.
@@ -384,6 +391,7 @@ def run_job(
         settings=json.loads(to_json(config)),
         make_frozen=trained.make_frozen(make_frozen),
         sample=None if sample is None else show,
+        transform_batch=transform_batch,
         files=trained.files,
         frozen_weights=trained.lora is not None,
     )

@@ -94,6 +94,24 @@ class Tokenizer:
         """Return the file contents that make this tokenizer, by file name."""
         return {DEFINITION: self.tokenizer_json, CONFIG: self.config_json}
 
+    def with_system_prompt(self, prompt: str) -> Tokenizer:
+        """Return this tokenizer with a chat template that opens conversations without a system turn by this one.
+
+        The prompt then goes wherever the template does: into training, generation, serving and exported folders.
+
+        Raises:
+            TokenizerError: the prompt spells a control token, which inside a template would be that token.
+        """
+        if self.control_pattern is not None and (found := self.control_pattern.search(prompt)):
+            raise TokenizerError(f"the system prompt must not spell the control token {found[0]}")
+        turn = f"[{{'role': 'system', 'content': {json.dumps(prompt, ensure_ascii=False)}}}]"
+        opening = "{%- if not messages or messages[0]['role'] != 'system' %}"
+        opening += f"{{%- set messages = {turn} + messages %}}{{%- endif %}}"
+        templates = self._templates or {"default": default_chat_template()}
+        named = [{"name": name, "template": opening + source} for name, source in templates.items()]
+        config = self._config | {"chat_template": named if len(named) > 1 else named[0]["template"]}
+        return replace(self, config_json=dump_json(config))
+
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load` and `transformers.AutoTokenizer` read; a crash leaves no half-written file."""
         root, files = Path(folder), self.files()

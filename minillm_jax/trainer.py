@@ -34,6 +34,7 @@ from minillm_jax.sharding import batch_sharding, data_parallelism, make_mesh, op
 TrainState = dict[str, Any]
 """`{"params", "opt_state", "step", "key"}`: everything that a step changes, and a checkpoint keeps."""
 TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]
+TransformBatch = Callable[[TrainState, dict[str, np.ndarray], int], dict[str, np.ndarray]]
 
 
 class TrainingError(UserError, RuntimeError):
@@ -190,6 +191,8 @@ class Job:
         settings: everything that was set, for the loggers.
         make_frozen: makes (or loads) the argument of the loss that is not trained, on the mesh; None for none.
         sample: returns sample texts, given the trained parameters and what is not trained; or None.
+        transform_batch: changes a host batch of this process with the state at hand, `(state, batch, step) -> batch`;
+            a function of the seed and the step, never of what came before, or resuming would not be exact.
         files: further texts by file name, saved inside every checkpoint.
         frozen_weights: the model's own weights are not trained (an adapter is), which costs fewer FLOPs.
     """
@@ -209,6 +212,7 @@ class Job:
     settings: dict[str, Any]
     make_frozen: Callable[[Mesh], Any] | None = None
     sample: Callable[[Params, Any], list[str]] | None = None
+    transform_batch: TransformBatch | None = None
     files: dict[str, str] = field(default_factory=dict)
     frozen_weights: bool = False
 
@@ -312,6 +316,8 @@ class _Loop:
             pending: tuple[int, dict[str, jax.Array]] | None = None
             for step in range(self.start + 1, self.total + 1):
                 host_batch = next(self.iterator)
+                if job.transform_batch is not None:
+                    host_batch = job.transform_batch(self.state, host_batch, step)
                 self.state, metrics = self.train_step(self.state, self.frozen, put_batch(host_batch, self.mesh))
                 if pending is not None:
                     self._read(*pending)

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "minillm_jax"
 RANK = [
-    "errors",
+    "errors reasoning",
     "config",
     "hf_config tokenizer_files",
     "tokenizer_training",
@@ -17,19 +17,29 @@ RANK = [
     "attention moe",
     "model",
     "losses optim sampling metrics reward hf_tensors",
-    "lora checkpoint_files sampler",
-    "lora_peft checkpoint",
+    "lora checkpoint_files sampler distillation",
+    "lora_peft checkpoint on_policy",
     "adapter_file",
     "pretrained",
     "trainer lm",
-    "scoring run preference",
+    "scoring run preference teacher samples",
     "hf lora_commands",
     "evaluation",
 ]
 """Modules of the library; each imports only those of earlier lines, and tokenizer, chat and data one another."""
 RANK_OF = {name: rank for rank, names in enumerate(RANK) for name in names.split()}
 TOGETHER = {"tokenizer", "chat", "data"}
-WITHOUT_JAX = {"errors", "config", "hf_config", "tokenizer_files", "tokenizer_training", "tokenizer", "chat", "data"}
+WITHOUT_JAX = {
+    "errors",
+    "reasoning",
+    "config",
+    "hf_config",
+    "tokenizer_files",
+    "tokenizer_training",
+    "tokenizer",
+    "chat",
+    "data",
+}
 FILES = [p for folder in ("minillm_jax", "train", "rl", "serve") for p in (ROOT / folder).rglob("*.py")]
 
 

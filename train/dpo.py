@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from minillm_jax.chat import render
 from minillm_jax.checkpoint import CHECKPOINTS
 from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import (
@@ -34,13 +33,12 @@ from minillm_jax.config import (
     parse_cli,
 )
 from minillm_jax.data import PairRows, load_pairs
-from minillm_jax.lm import LanguageModel, generate
 from minillm_jax.model import Params, param_axes
 from minillm_jax.preference import PreferenceConfig, preference_loss, reference_logps
 from minillm_jax.preference import dpo_loss as dpo_loss
 from minillm_jax.pretrained import load_params, read_model_config
 from minillm_jax.run import Run, open_run, run_job
-from minillm_jax.sampling import SamplingParams
+from minillm_jax.samples import answer_chats
 from minillm_jax.sharding import data_parallelism, make_mesh, tree_shardings
 
 REFERENCE_FILE = "reference.npz"
@@ -150,12 +148,6 @@ def main() -> int:
         def reference(mesh: Mesh, base: Params | None) -> Params:
             return load_reference(config, run, mesh) if base is None else base  # an adapter's base is held once
 
-        def sample(lm: LanguageModel) -> list[str]:
-            turns = [[{"role": "user", "content": prompt}] for prompt in config.run.sample_prompts]
-            prompts = [render(lm.tokenizer, turn, add_generation_prompt=True).token_ids for turn in turns]
-            completions = generate(lm, prompts, SamplingParams(max_new_tokens=48, temperature=0.0))
-            return [f"{p} → {c.text}" for p, c in zip(config.run.sample_prompts, completions, strict=True)]
-
         return run_job(
             config,
             run,
@@ -163,7 +155,7 @@ def main() -> int:
             parts["train"],
             parts.get("valid"),
             make_frozen=reference if needs_reference and online else None,
-            sample=sample,
+            sample=lambda lm: answer_chats(lm, config.run.sample_prompts),
         )
 
 

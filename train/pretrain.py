@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ComputeConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, parse_cli
-from minillm_jax.lm import LanguageModel, generate
 from minillm_jax.losses import language_model_loss
 from minillm_jax.pretrained import read_model_config
 from minillm_jax.run import open_run, train_on_rows
-from minillm_jax.sampling import SamplingParams
+from minillm_jax.samples import continue_texts
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,8 @@ def main() -> int:
         config = parse_cli(PretrainConfig, str(__doc__), read_model=read_model_config)
         setup_jax()
         run = open_run(config)
-
-        def sample(lm: LanguageModel) -> list[str]:
-            completions = generate(lm, config.run.sample_prompts, SamplingParams(max_new_tokens=48, temperature=0.8))
-            return [p + c.text for p, c in zip(config.run.sample_prompts, completions, strict=True)]
-
-        return train_on_rows(config, run, "pretrain", language_model_loss(run.model, config.compute), sample)
+        loss_fn = language_model_loss(run.model, config.compute)
+        return train_on_rows(config, run, "pretrain", loss_fn, lambda lm: continue_texts(lm, config.run.sample_prompts))
 
 
 if __name__ == "__main__":

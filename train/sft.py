@@ -12,14 +12,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from minillm_jax.chat import render
 from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ComputeConfig, DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, parse_cli
-from minillm_jax.lm import LanguageModel, generate
 from minillm_jax.losses import language_model_loss
 from minillm_jax.pretrained import read_model_config
 from minillm_jax.run import open_run, train_on_rows
-from minillm_jax.sampling import SamplingParams
+from minillm_jax.samples import answer_chats
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,8 @@ class SftConfig:
 def fine_tune(config: SftConfig) -> int:
     """Train on conversations; returns the exit status."""
     run = open_run(config)
-
-    def sample(lm: LanguageModel) -> list[str]:
-        turns = [[{"role": "user", "content": prompt}] for prompt in config.run.sample_prompts]
-        prompts = [render(lm.tokenizer, turn, add_generation_prompt=True).token_ids for turn in turns]
-        completions = generate(lm, prompts, SamplingParams(max_new_tokens=48, temperature=0.0))
-        return [f"{p} → {c.text}" for p, c in zip(config.run.sample_prompts, completions, strict=True)]
-
-    return train_on_rows(config, run, "sft", language_model_loss(run.model, config.compute), sample)
+    loss_fn = language_model_loss(run.model, config.compute)
+    return train_on_rows(config, run, "sft", loss_fn, lambda lm: answer_chats(lm, config.run.sample_prompts))
 
 
 def main() -> int:
