@@ -279,3 +279,31 @@ def test_without_any_documentation_the_error_says_what_to_do(tmp_path, monkeypat
         pytest.raises(DataError, match="no documentation to train on; pass files of your own"),
     ):
         write_pretrain(tmp_path / "none.jsonl")
+
+
+def test_pairs_hold_the_right_answer_and_a_wrong_one_of_their_own_split(tmp_path):
+    questions = {}
+    for split in ("train", "heldout"):
+        builtin.write_preferences(tmp_path / split, 300, 0, split)
+        records = list(read_records([str(tmp_path / split)], "preference"))
+        assert len(records) == 300
+        right = {task.prompt: task.answer for task in builtin.generate_tasks(400, 0, split)}
+        for record in records:
+            (asked, chosen), (asked_again, rejected) = record.chosen, record.rejected
+            assert asked == asked_again
+            assert chosen["content"] == right[asked["content"]] != rejected["content"]
+        questions[split] = {record.chosen[0]["content"] for record in records}
+    assert not questions["train"] & questions["heldout"]
+
+
+def test_the_new_skill_is_asked_nowhere_else(tmp_path):
+    builtin.write_new_skill(tmp_path / "skill.jsonl", 50, 0)
+    builtin.write_eval(tmp_path / "heldout.jsonl", 50, 0, builtin.NEW_FAMILIES)
+    for record in read_records([str(tmp_path / "skill.jsonl")], "sft"):
+        question, reply = (turn["content"] for turn in record.conversations)
+        assert reply == re.search('"(.*)"', question)[1][-1]
+    taught = {r.conversations[0]["content"] for r in read_records([str(tmp_path / "skill.jsonl")], "sft")}
+    asked = {r.prompt for r in read_records([str(tmp_path / "heldout.jsonl")], "exact")}
+    assert len(asked) == 50
+    assert not taught & asked
+    assert not builtin.NEW_FAMILIES.keys() & builtin.FAMILIES.keys()

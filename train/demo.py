@@ -1,4 +1,4 @@
-"""The whole chain on built-in data, in one command: tokenizer → pretrain → SFT → evaluation → report.
+"""The whole chain on built-in data, in one command: tokenizer → pretrain → SFT → preferences, an adapter → report.
 
     make demo            # or: python -m train.demo --out_dir out/demo
 
@@ -25,10 +25,13 @@ from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import parse_cli
 from minillm_jax.data import builtin
 from minillm_jax.lm import generate, load
+from minillm_jax.metrics import read_metrics
 from minillm_jax.sampling import SamplingParams
-from train.demo_report import StepRecord, write_report
+from train.demo_report import Preferences, StepRecord, write_report
 
 CONSOLE = Console(highlight=False)
+PAIRS, HELDOUT_PAIRS, NEW_SKILL, HELDOUT_NEW_SKILL = 2000, 420, 3000, 200
+"""Rows of the preference step and of the adapter step."""
 LIVE_QUESTIONS = (
     "Hello!",
     "What is 17 + 5?",
@@ -58,6 +61,8 @@ class Scale:
     shape: tuple[str, ...]
     pretrain: tuple[str, ...]
     sft: tuple[str, ...]
+    dpo: tuple[str, ...]
+    lora: tuple[str, ...]
     conversations: int
     vocab_size: int
 
@@ -71,6 +76,9 @@ CPU = Scale(
     ),
     pretrain=("--steps", "250", "--batch_size", "8", "--max_seq_len", "256", *FAST),
     sft=("--steps", "2500", "--batch_size", "4", "--max_seq_len", "256", "--min_lr_ratio", "0.03", *FAST),
+    # Preferences pull a little; the SFT term keeps right answers likely while wrong ones are pushed away.
+    dpo=("--steps", "80", "--batch_size", "16", "--max_seq_len", "128", "--learning_rate", "2e-4", "--sft_weight", "1"),
+    lora=("--steps", "120", "--batch_size", "4", "--max_seq_len", "256", "--learning_rate", "1e-2", "--lora_rank", "8"),
     conversations=30_000,
     vocab_size=2048,
 )  # fmt: skip
@@ -78,6 +86,8 @@ ACCELERATOR = Scale(
     shape=(),
     pretrain=("--steps", "1500", "--batch_size", "64", "--max_seq_len", "512"),
     sft=("--steps", "3000", "--batch_size", "32", "--max_seq_len", "256"),
+    dpo=("--steps", "300", "--batch_size", "64", "--max_seq_len", "128", "--sft_weight", "1"),
+    lora=("--steps", "200", "--batch_size", "32", "--max_seq_len", "256", "--lora_rank", "8"),
     conversations=400_000,
     vocab_size=6400,
 )
@@ -120,19 +130,25 @@ class Demo:
         size = builtin.write_pretrain(self.folder / "pretrain.jsonl", exercise_pages=1500, seed=self.config.seed)
         builtin.write_sft(self.folder / "sft.jsonl", self.scale.conversations, self.config.seed)
         builtin.write_eval(self.folder / "heldout.jsonl", self.config.questions, self.config.seed)
+        builtin.write_preferences(self.folder / "pairs.jsonl", PAIRS, self.config.seed, "train")
+        builtin.write_preferences(self.folder / "heldout_pairs.jsonl", HELDOUT_PAIRS, self.config.seed, "heldout")
+        builtin.write_new_skill(self.folder / "new_skill.jsonl", NEW_SKILL, self.config.seed)
+        builtin.write_eval(
+            self.folder / "heldout_new_skill.jsonl", HELDOUT_NEW_SKILL, self.config.seed, builtin.NEW_FAMILIES
+        )
         CONSOLE.print(
             f"{size / 1e6:.1f} MB of Python documentation and exercises, {self.scale.conversations:,} conversations, "
             f"{self.config.questions:,} held-out questions that no conversation contains"
         )
         self.steps.append(StepRecord("built-in data", "", time.perf_counter() - began, None))
 
-    def evaluate(self, title: str, model: str) -> dict[str, Any]:
-        """Exact match on the held-out questions."""
+    def evaluate(self, title: str, model: str, questions: str = "heldout.jsonl") -> dict[str, Any]:
+        """Exact match on held-out questions."""
         result = self.run(
             title, "train.evaluate", "--model_path", str(self.folder / model),
-            "--data_path", str(self.folder / "heldout.jsonl"), "--task", "exact", "--max_new_tokens", "24",
+            "--data_path", str(self.folder / questions), "--task", "exact", "--max_new_tokens", "24",
         )  # fmt: skip
-        CONSOLE.print(f"exact match: [bold]{result['accuracy']:.1%}[/] of {self.config.questions:,} held-out questions")
+        CONSOLE.print(f"exact match: [bold]{result['accuracy']:.1%}[/] of {result['rows']:,} held-out questions")
         return result
 
     def chain(self) -> None:
@@ -155,11 +171,13 @@ class Demo:
             "--out_dir", str(folder / "sft"), *scale.sft, "--seed", seed, produces=folder / "sft",
         )  # fmt: skip
         after = self.evaluate("evaluation after SFT", "sft")
+        preferences = self.prefer()
+        skill = self.adapt()
         CONSOLE.rule("[bold]a few live answers")
         answers = live_answers(folder / "sft")
         for question, answer in answers:
             CONSOLE.print(f"[bold]you[/]    {question}\n[bold cyan]model[/]  {answer}", soft_wrap=True)
-        report = write_report(folder, self.steps, before, after, answers)
+        report = write_report(folder, self.steps, before, after, answers, preferences, skill)
         CONSOLE.rule("[bold]done")
         CONSOLE.print(
             f"exact match on held-out questions: {before['accuracy']:.1%} before SFT, "
@@ -167,6 +185,30 @@ class Demo:
             f"chat with it: {chat_command(folder)}",
             soft_wrap=True,
         )
+
+    def prefer(self) -> Preferences:
+        """Learn from pairs of a right and a wrong answer, and look at held-out pairs and questions."""
+        folder = self.folder
+        self.run(
+            "preferences", "train.dpo", "--data_path", str(folder / "pairs.jsonl"),
+            "--valid_path", str(folder / "heldout_pairs.jsonl"), "--model_path", str(folder / "sft"),
+            "--out_dir", str(folder / "dpo"), *self.scale.dpo, "--seed", str(self.config.seed), produces=folder / "dpo",
+        )  # fmt: skip
+        rows = [row for row in read_metrics(folder / "dpo") if "valid_accuracy" in row]
+        found = Preferences(HELDOUT_PAIRS, rows[-1]["valid_accuracy"], rows[-1]["valid_margin"])
+        CONSOLE.print(f"the right answer is preferred in [bold]{found.accuracy:.1%}[/] of {found.pairs} held-out pairs")
+        return found
+
+    def adapt(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Teach an adapter a kind of question that SFT never asked; exact match on held-out ones before and after."""
+        folder, questions = self.folder, "heldout_new_skill.jsonl"
+        before = self.evaluate("a new skill, before the adapter", "sft", questions)
+        self.run(
+            "adapter", "train.sft_lora", "--data_path", str(folder / "new_skill.jsonl"),
+            "--model_path", str(folder / "sft"), "--out_dir", str(folder / "lora"), *self.scale.lora,
+            "--seed", str(self.config.seed), produces=folder / "lora",
+        )  # fmt: skip
+        return before, self.evaluate("a new skill, with the adapter", "lora", questions)
 
 
 def chat_command(folder: Path) -> str:

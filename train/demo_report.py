@@ -23,12 +23,23 @@ class StepRecord:
     folder: Path | None
 
 
+@dataclass(frozen=True)
+class Preferences:
+    """What learning from pairs did: on how many held-out ones, how often the right answer wins, and by what margin."""
+
+    pairs: int
+    accuracy: float
+    margin: float
+
+
 def write_report(
     folder: Path,
     steps: Sequence[StepRecord],
     before: dict[str, Any],
     after: dict[str, Any],
     answers: Sequence[tuple[str, str]],
+    preferences: Preferences,
+    skill: tuple[dict[str, Any], dict[str, Any]],
 ) -> Path:
     """Write `report.md` and `report.png` into `folder`; returns the path of the report."""
     _draw(folder, before, after)
@@ -37,6 +48,13 @@ def write_report(
         "",
         f"Exact match on {after['rows']:,} held-out questions: **{before['accuracy']:.1%}** before SFT, "
         f"**{after['accuracy']:.1%}** after.",
+        "",
+        f"Preferences: on {preferences.pairs:,} held-out pairs the right answer gained more on the SFT model than the "
+        f"wrong one in **{preferences.accuracy:.1%}**, by {preferences.margin:.2f} on average.",
+        "",
+        f"Adapter: a kind of question that SFT never asked, {skill[1]['rows']:,} held-out ones: "
+        f"**{skill[0]['accuracy']:.1%}** before, **{skill[1]['accuracy']:.1%}** with the adapter; the model beneath is "
+        "unchanged.",
         "",
         "![loss and accuracy](report.png)",
         "",

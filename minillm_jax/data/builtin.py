@@ -20,7 +20,8 @@ from pathlib import Path
 
 from minillm_jax.data.errors import DataError
 from minillm_jax.data.tasks import FAMILIES as FAMILIES
-from minillm_jax.data.tasks import Split, iter_tasks
+from minillm_jax.data.tasks import NEW_FAMILIES as NEW_FAMILIES
+from minillm_jax.data.tasks import Family, Split, iter_tasks
 from minillm_jax.data.tasks import Task as Task
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,16 +219,40 @@ def write_sft(path: str | Path, n: int, seed: int) -> None:
     _write_rows(path, ({"conversations": turns} for turns in rows))
 
 
-def write_eval(path: str | Path, n: int, seed: int) -> None:
+def _turns(prompt: str, reply: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+
+
+def write_new_skill(path: str | Path, n: int, seed: int) -> None:
+    """Write `n` conversations of one question each, of kinds that `write_sft` never asks about."""
+    tasks = itertools.islice(iter_tasks(seed, "train", NEW_FAMILIES), n)
+    _write_rows(path, ({"conversations": _turns(task.prompt, task.answer)} for task in tasks))
+
+
+def _pairs(seed: int, split: Split) -> Iterator[dict[str, list[dict[str, str]]]]:
+    """Yield pairs without end: the right answer, and the one of the last question of its kind with another answer."""
+    wrong: dict[str, str] = {}
+    for task in iter_tasks(seed, split):
+        if wrong.get(task.family, task.answer) != task.answer:
+            yield {"chosen": _turns(task.prompt, task.answer), "rejected": _turns(task.prompt, wrong[task.family])}
+        wrong[task.family] = task.answer
+
+
+def write_preferences(path: str | Path, n: int, seed: int, split: Split) -> None:
+    """Write `n` `{"chosen", "rejected"}` rows: a question with its right answer, and with one that is wrong."""
+    _write_rows(path, itertools.islice(_pairs(seed, split), n))
+
+
+def write_eval(path: str | Path, n: int, seed: int, families: Mapping[str, Family] = FAMILIES) -> None:
     """Write `n` different held-out questions, evenly over the families, as `{"prompt", "answer", "family"}` rows.
 
     Raises:
         DataError: there are not that many different questions.
     """
-    quota = -(-n // len(FAMILIES))  # of each family, rounded up
+    quota = -(-n // len(families))  # of each family, rounded up
     counts: Counter[str] = Counter()
     tasks: dict[str, Task] = {}
-    for task in itertools.islice(iter_tasks(seed, "heldout"), 20 * n):
+    for task in itertools.islice(iter_tasks(seed, "heldout", families), 20 * n):
         if len(tasks) == n:
             break
         if task.prompt not in tasks and counts[task.family] < quota:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,6 +149,11 @@ def _count_letter(rng: random.Random) -> Question:
 def _uppercase(rng: random.Random) -> Question:
     word = _syllables(rng, 3, 4)
     return Question((word,), _spell(word.upper()), {"word": _spell(word)})
+
+
+def _last_letter(rng: random.Random) -> Question:
+    word = _syllables(rng, 3, 4)
+    return Question((word,), word[-1], {"word": _spell(word)})
 
 
 def _pick(rng: random.Random) -> Question:
@@ -337,6 +342,19 @@ FAMILIES: dict[str, Family] = {
 }
 """All kinds of question, by name."""
 
+NEW_FAMILIES: dict[str, Family] = {
+    "last_letter": Family(
+        _last_letter,
+        (
+            'What is the last letter of "{word}"?',
+            'Which letter ends "{word}"?',
+            'Give me the final letter: "{word}"',
+            'How does "{word}" end?',
+        ),
+    ),
+}
+"""Kinds that no conversation of the SFT data asks about: something new for a model that is trained further."""
+
 
 def split_of(family: str, content: tuple[object, ...]) -> Split:
     """Tell which split a question belongs to, from a hash of what it is about."""
@@ -346,16 +364,16 @@ def split_of(family: str, content: tuple[object, ...]) -> Split:
 
 def draw_task(family: str, split: Split, rng: random.Random) -> Task:
     """Draw one task of a family, in a random phrasing."""
-    kind = FAMILIES[family]
+    kind = (FAMILIES | NEW_FAMILIES)[family]
     question = kind.draw(rng)
     while split_of(family, question.content) != split:
         question = kind.draw(rng)
     return Task(family, rng.choice(kind.phrasings).format(**question.slots), question.answer)
 
 
-def iter_tasks(seed: int, split: Split) -> Iterator[Task]:
+def iter_tasks(seed: int, split: Split, families: Mapping[str, Family] = FAMILIES) -> Iterator[Task]:
     """Yield tasks without end: every family once, in random order, then every family again."""
     rng = random.Random(f"tasks {seed} {split}")
     while True:
-        for family in rng.sample(list(FAMILIES), len(FAMILIES)):
+        for family in rng.sample(list(families), len(families)):
             yield draw_task(family, split, rng)
