@@ -35,7 +35,7 @@ def lora(corpus, *arguments):
 @pytest.fixture(scope="module")
 def base(corpus, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("base") / "run"
-    finished(run(corpus, "pretrain", out_dir, "--steps", "20"))
+    finished(run(corpus, "pretrain", out_dir, "--steps", "40", "--learning_rate", "2e-2"))
     return out_dir
 
 
@@ -57,7 +57,7 @@ def test_an_adapter_learns_and_stores_nothing_else(reference, base):
     assert arrays
     assert all(name.startswith(("params.layers.", "opt_state.")) or name in ("step", "key") for name in arrays)
     assert {name.rsplit(".", 1)[1] for name in arrays if name.startswith("params.")} == {"a", "b"}
-    assert json.loads((newest / "adapter.json").read_text())["base"] == str(base / "checkpoints" / "20")
+    assert json.loads((newest / "adapter.json").read_text())["base"] == str(base / "checkpoints" / "40")
 
 
 def test_an_adapters_run_killed_again_and_again_measures_what_an_undisturbed_one_does(
@@ -75,8 +75,8 @@ def test_an_adapters_run_killed_again_and_again_measures_what_an_undisturbed_one
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"attempt {attempt} ended before it could be killed"
         if attempt == 0:  # a base that is trained further does not change under its adapter
-            shutil.copytree(tmp_path / "base/checkpoints/20", tmp_path / "base/checkpoints/21")
-            shutil.rmtree(tmp_path / "base/checkpoints/21/state")
+            shutil.copytree(tmp_path / "base/checkpoints/40", tmp_path / "base/checkpoints/41")
+            shutil.rmtree(tmp_path / "base/checkpoints/41/state")
     finished(subprocess.run(words, env=environment(corpus), capture_output=True, text=True, timeout=280))
     assert measured(tmp_path / "run") == measured(reference)
 
@@ -113,7 +113,7 @@ def test_an_adapters_run_is_merged_exported_imported_and_trained_further(corpus,
     ("flags", "message"),
     [
         (["--lora_rank", "0"], "--lora_rank 0 trains no adapter"),
-        (["--lora_targets", "query"], "query names no projection of this model; it has self_attn"),
+        (["--lora_targets", "query"], "query names no projection of this model; it has mlp.down_proj, mlp"),
         (["--lora_dropout", "2"], "lora_dropout must lie in"),
     ],
 )
