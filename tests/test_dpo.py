@@ -123,15 +123,13 @@ def test_a_bad_row_says_where_and_what(load, tmp_path, row, message):
 
 def test_answers_are_cut_at_their_end_and_counted(load):
     prompt = len(render(TOKENIZER, [user("it was")], add_generation_prompt=True).token_ids)
-    whole, _, quiet = load([pair()])
-    assert not any(line.startswith("cut") for line in quiet)
-    long = pair(chosen="the worst of times " * 9)
-    rows, _, lines = load([pair(), long], max_seq_len=prompt + 5)
-    assert any(line.startswith("cut answers of 1 pairs") or line.startswith("cut answers of 2 pairs") for line in lines)
+    short, long = pair(chosen="it", rejected="we"), pair(chosen="the worst of times " * 9, rejected="we")
+    assert not any(line.startswith("cut") for line in load([short, long])[2])
+    rows, _, lines = load([short, long], max_seq_len=prompt + 5)
+    assert any(line.startswith("cut answers of 1 pairs") for line in lines)
     batch = rows.gather([1])
     assert batch["tokens"].shape[-1] == prompt + 5
-    assert batch["weights"][0, 0].sum() == 6
-    assert len(whole) == 1
+    assert batch["weights"][0, 0].sum() == 6  # the last input's target is one more token
 
 
 def test_pairs_that_the_length_makes_useless_are_left_out_and_counted(load):

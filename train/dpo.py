@@ -51,7 +51,7 @@ class DpoConfig:
     run: RunConfig
     data: DataConfig
     model: ModelConfig
-    optim: OptimConfig = OptimConfig(learning_rate=5e-5, weight_decay=0.0)
+    optim: OptimConfig = OptimConfig(weight_decay=0.0)
     compute: ComputeConfig = ComputeConfig()
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     lora: LoraConfig = LoraConfig()
@@ -78,7 +78,7 @@ def with_reference(config: DpoConfig, run: Run, parts: dict[str, PairRows]) -> d
         ConfigError: the run has a checkpoint, but began with other pairs.
     """
     path = run.folder / REFERENCE_FILE
-    resuming = any((run.folder / CHECKPOINTS).glob("[0-9]*"))
+    resuming = any(folder.name.isdigit() for folder in (run.folder / CHECKPOINTS).glob("*"))
     data = " ".join(rows.fingerprint() for rows in parts.values())
     saved = _read_reference(path)
     same_data = str(saved.get("data")) == data
