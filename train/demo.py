@@ -77,8 +77,8 @@ CPU = Scale(
     pretrain=("--steps", "250", "--batch_size", "8", "--max_seq_len", "256", *FAST),
     sft=("--steps", "2500", "--batch_size", "4", "--max_seq_len", "256", "--min_lr_ratio", "0.03", *FAST),
     # Preferences pull a little; the SFT term keeps right answers likely while wrong ones are pushed away.
-    dpo=("--steps", "80", "--batch_size", "16", "--max_seq_len", "128", "--learning_rate", "2e-4", "--sft_weight", "1"),
-    lora=("--steps", "120", "--batch_size", "4", "--max_seq_len", "256", "--learning_rate", "1e-2", "--lora_rank", "8"),
+    dpo=("--steps", "60", "--batch_size", "16", "--max_seq_len", "128", "--learning_rate", "2e-4", "--sft_weight", "1"),
+    lora=("--steps", "50", "--batch_size", "4", "--max_seq_len", "256", "--learning_rate", "1e-2", "--lora_rank", "8"),
     conversations=30_000,
     vocab_size=2048,
 )  # fmt: skip
