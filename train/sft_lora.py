@@ -22,8 +22,8 @@ from train.sft import SftConfig, fine_tune
 class SftLoraConfig(SftConfig):
     """Settings of an adapter's run.
 
-    An adapter wants about ten times the rate of full fine-tuning at any rank (Thinking Machines, "LoRA Without
-    Regret", 2025), and starts so close to the base that decay has nothing to restrain.
+    Its product starts at zero and has few directions to move in, so it bears several times the rate of full
+    fine-tuning; and it starts so close to the base that decay has nothing to restrain.
     """
 
     optim: OptimConfig = OptimConfig(learning_rate=2e-3, weight_decay=0.0)
