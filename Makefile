@@ -21,7 +21,7 @@ conformance: $(VENV)/.conformance
 	$(BIN)/python -m pytest -m conformance tests/conformance
 
 golden: $(VENV)/.conformance
-	$(BIN)/python tests/golden/make_golden.py
+	for script in tests/golden/make_golden*.py; do $(BIN)/python $$script || exit 1; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

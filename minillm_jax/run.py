@@ -152,7 +152,7 @@ def _fit_vocabulary(model: ModelConfig, tokenizer: Tokenizer, model_path: str | 
 
 def _check_same_run(saved: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
     for group, values in asked.items():
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or group not in saved:  # a group that is newer than the run
             continue
         for name, value in values.items():
             old = saved.get(group, {}).get(name)

@@ -243,13 +243,13 @@ def write_preferences(path: str | Path, n: int, seed: int, split: Split) -> None
     _write_rows(path, itertools.islice(_pairs(seed, split), n))
 
 
-def write_eval(path: str | Path, n: int, seed: int, families: Mapping[str, Family] = FAMILIES) -> None:
-    """Write `n` different held-out questions, evenly over the families, as `{"prompt", "answer", "family"}` rows.
+def write_eval(path: str | Path, n: int, seed: int, families: Mapping[str, Family] | None = None) -> None:
+    """Write `n` different held-out questions, evenly over the families (all, or those given), as `{"prompt", "answer", "family"}` rows.
 
     Raises:
         DataError: there are not that many different questions.
     """
-    quota = -(-n // len(families))  # of each family, rounded up
+    quota = -(-n // len(FAMILIES if families is None else families))  # of each family, rounded up
     counts: Counter[str] = Counter()
     tasks: dict[str, Task] = {}
     for task in itertools.islice(iter_tasks(seed, "heldout", families), 20 * n):

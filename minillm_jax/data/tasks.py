@@ -371,8 +371,9 @@ def draw_task(family: str, split: Split, rng: random.Random) -> Task:
     return Task(family, rng.choice(kind.phrasings).format(**question.slots), question.answer)
 
 
-def iter_tasks(seed: int, split: Split, families: Mapping[str, Family] = FAMILIES) -> Iterator[Task]:
-    """Yield tasks without end: every family once, in random order, then every family again."""
+def iter_tasks(seed: int, split: Split, families: Mapping[str, Family] | None = None) -> Iterator[Task]:
+    """Yield tasks without end: every family (of all, or of those given) once, in random order, then all again."""
+    families = FAMILIES if families is None else families
     rng = random.Random(f"tasks {seed} {split}")
     while True:
         for family in rng.sample(list(families), len(families)):
