@@ -244,7 +244,7 @@ def write_preferences(path: str | Path, n: int, seed: int, split: Split) -> None
 
 
 def write_eval(path: str | Path, n: int, seed: int, families: Mapping[str, Family] | None = None) -> None:
-    """Write `n` different held-out questions, evenly over the families (all, or those given), as `{"prompt", "answer", "family"}` rows.
+    """Write `n` different held-out questions as `{"prompt", "answer", "family"}` rows, evenly over the families.
 
     Raises:
         DataError: there are not that many different questions.
