@@ -11,7 +11,7 @@ from test_stages import SHAPE, WORDS, command, corpus, environment, finished, lo
 
 pytestmark = pytest.mark.slow
 
-STEPS = "40"
+STEPS = "32"  # enough to be killed twice in the middle
 LARGER = ["--hidden_size", "32"]
 
 
@@ -33,7 +33,8 @@ def traces(corpus):  # noqa: F811
 def teacher(corpus, tmp_path_factory):  # noqa: F811
     """A pretrained mixture of experts, wider than its students."""
     out_dir = tmp_path_factory.mktemp("teacher") / "run"
-    finished(run(corpus, "pretrain", out_dir, "--steps", STEPS, "--use_moe", *LARGER))
+    rarely = ["--save_interval", "100", "--eval_interval", "0"]
+    finished(run(corpus, "pretrain", out_dir, "--steps", "10", "--use_moe", *LARGER, *rarely))
     return out_dir
 
 
@@ -60,7 +61,7 @@ def killed(corpus, stage, out_dir, flags, target):  # noqa: F811
 
 def check_resuming(corpus, stage, tmp_path, flags):  # noqa: F811
     finished(run(corpus, stage, tmp_path / "whole", *flags))
-    for target in (6, 22):
+    for target in (6, 16):
         killed(corpus, stage, tmp_path / "killed", flags, target)
     finished(run(corpus, stage, tmp_path / "killed", *flags))
     assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
@@ -82,6 +83,17 @@ def test_a_distillation_killed_again_and_again_measures_what_an_undisturbed_one_
     assert rows[-1].keys() >= {"loss", "divergence", "total_loss"}
     assert rows[-1]["divergence"] < rows[0]["divergence"]
     assert (tmp_path / "whole" / "teacher" / "train" / "ids.npy").exists() == ("--teacher_top_k" in more)
+
+
+@pytest.mark.parametrize("more", [[], ["--teacher_top_k", "8"]], ids=["on_the_fly", "stored"])
+def test_eight_devices_measure_what_one_does(corpus, teacher, tmp_path, more):  # noqa: F811
+    flags = [*distill_flags(corpus, teacher), *more, "--steps", "4"]
+    finished(run(corpus, "distill", tmp_path / "alone", *flags))
+    env = environment(corpus) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    spread = command(corpus, "distill", tmp_path / "mesh", *flags, "--mesh", "data=2,fsdp=2,tensor=2")
+    finished(subprocess.run(spread, env=env, capture_output=True, text=True, timeout=280))
+    for ours, theirs in zip(measured(tmp_path / "mesh"), measured(tmp_path / "alone"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
 def test_reasoning_killed_again_and_again_measures_what_an_undisturbed_run_does(corpus, traces, tmp_path):  # noqa: F811
