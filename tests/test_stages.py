@@ -12,7 +12,7 @@ import pytest
 
 from minillm_jax.tokenizer import train_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = "60"  # enough to be killed in the middle
 WORDS = ("the", "a", "cat", "dog", "sees", "finds", "red", "blue", "house", "tree", "and", "under", "small", "old")
@@ -158,7 +158,7 @@ def test_eight_devices_measure_what_one_does(corpus, tmp_path, flags):
     finished(run(corpus, "pretrain", alone, "--steps", "4", *flags))
     env = environment(corpus) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     spread = command(corpus, "pretrain", mesh, "--steps", "4", "--mesh", "data=2,fsdp=2,tensor=2", *flags)
-    finished(subprocess.run(spread, env=env, capture_output=True, text=True, timeout=280))
+    finished(subprocess.run(spread, env=env, capture_output=True, text=True, timeout=800))
     for ours, theirs in zip(measured(mesh), measured(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 

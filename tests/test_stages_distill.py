@@ -9,7 +9,7 @@ import time
 import pytest
 from test_stages import SHAPE, WORDS, command, corpus, environment, finished, logged_step, measured, run  # noqa: F401
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = "32"  # enough to be killed twice in the middle
 LARGER = ["--hidden_size", "32"]
@@ -91,7 +91,7 @@ def test_eight_devices_measure_what_one_does(corpus, teacher, tmp_path, more):  
     finished(run(corpus, "distill", tmp_path / "alone", *flags))
     env = environment(corpus) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     spread = command(corpus, "distill", tmp_path / "mesh", *flags, "--mesh", "data=2,fsdp=2,tensor=2")
-    finished(subprocess.run(spread, env=env, capture_output=True, text=True, timeout=280))
+    finished(subprocess.run(spread, env=env, capture_output=True, text=True, timeout=800))
     for ours, theirs in zip(measured(tmp_path / "mesh"), measured(tmp_path / "alone"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 

@@ -16,7 +16,7 @@ import minillm_jax as mj
 
 __all__ = ["corpus"]  # a fixture
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = "60"
 ADAPTER = ["--lora_rank", "4", "--lora_dropout", "0.1", "--learning_rate", "2e-2"]
@@ -29,7 +29,7 @@ def fine_tune(corpus, out_dir, base, *flags):
 def lora(corpus, *arguments):
     """Run `python -m minillm_jax.lora`."""
     words = [sys.executable, "-m", "minillm_jax.lora", *map(str, arguments)]
-    return subprocess.run(words, env=environment(corpus), capture_output=True, text=True, timeout=280)
+    return subprocess.run(words, env=environment(corpus), capture_output=True, text=True, timeout=800)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def reference(corpus, base):
     """A run of an adapter that nothing disturbed."""
     out_dir = base.parent / "adapter"
     words = fine_tune(corpus, out_dir, base, "--sample_interval", "30")
-    result = finished(subprocess.run(words, env=environment(corpus), capture_output=True, text=True, timeout=280))
+    result = finished(subprocess.run(words, env=environment(corpus), capture_output=True, text=True, timeout=800))
     assert "step 30 sample" in result.stdout
     return out_dir
 
@@ -77,7 +77,7 @@ def test_an_adapters_run_killed_again_and_again_measures_what_an_undisturbed_one
         if attempt == 0:  # a base that is trained further does not change under its adapter
             shutil.copytree(tmp_path / "base/checkpoints/40", tmp_path / "base/checkpoints/41")
             shutil.rmtree(tmp_path / "base/checkpoints/41/state")
-    finished(subprocess.run(words, env=environment(corpus), capture_output=True, text=True, timeout=280))
+    finished(subprocess.run(words, env=environment(corpus), capture_output=True, text=True, timeout=800))
     assert measured(tmp_path / "run") == measured(reference)
 
 
@@ -89,7 +89,7 @@ def test_eight_devices_train_the_adapter_that_one_does(corpus, tmp_path, use_moe
     finished(run(corpus, "sft_lora", alone, *start))
     env = environment(corpus) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     spread = command(corpus, "sft_lora", mesh, *start, "--mesh", "data=2,fsdp=2,tensor=2")
-    finished(subprocess.run(spread, env=env, capture_output=True, text=True, timeout=280))
+    finished(subprocess.run(spread, env=env, capture_output=True, text=True, timeout=800))
     for ours, theirs in zip(measured(mesh), measured(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
