@@ -30,7 +30,7 @@ from minillm_jax.sampling import SamplingParams
 from train.demo_report import Preferences, StepRecord, write_report
 
 CONSOLE = Console(highlight=False)
-PAIRS, HELDOUT_PAIRS, NEW_SKILL, HELDOUT_NEW_SKILL = 2000, 420, 3000, 200
+PAIRS, HELDOUT_PAIRS, NEW_SKILL, HELDOUT_NEW_SKILL = 1000, 280, 1000, 100
 """Rows of the preference step and of the adapter step."""
 LIVE_QUESTIONS = (
     "Hello!",
@@ -77,7 +77,7 @@ CPU = Scale(
     pretrain=("--steps", "250", "--batch_size", "8", "--max_seq_len", "256", *FAST),
     sft=("--steps", "2500", "--batch_size", "4", "--max_seq_len", "256", "--min_lr_ratio", "0.03", *FAST),
     # Preferences pull a little; the SFT term keeps right answers likely while wrong ones are pushed away.
-    dpo=("--steps", "60", "--batch_size", "16", "--max_seq_len", "128", "--learning_rate", "2e-4", "--sft_weight", "1"),
+    dpo=("--steps", "40", "--batch_size", "16", "--max_seq_len", "128", "--learning_rate", "2e-4", "--sft_weight", "1"),
     lora=("--steps", "50", "--batch_size", "4", "--max_seq_len", "256", "--learning_rate", "1e-2", "--lora_rank", "8"),
     conversations=30_000,
     vocab_size=2048,
