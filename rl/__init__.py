@@ -1,0 +1,1 @@
+"""Reinforcement learning from feedback: each stage is one command, `python -m rl.STAGE`."""
