@@ -60,6 +60,22 @@ def token_logprobs(params: Params, config: ModelConfig, hidden: jax.Array, targe
     return map_tokens(logprobs, (hidden, targets), config.vocab_size)
 
 
+def token_logprobs_and_entropy(
+    params: Params, config: ModelConfig, hidden: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target token, and the entropy in nats of the distribution that it is drawn from.
+
+    Arguments are those of `token_logprobs`; both results are `[B, T]` float32.
+    """
+
+    def measure(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = unembed(params, config, hidden)
+        mean_logit = (jax.nn.softmax(logits, axis=-1) * logits).sum(-1)
+        return logprobs_from_logits(logits, targets), jax.nn.logsumexp(logits, axis=-1) - mean_logit
+
+    return map_tokens(measure, (hidden, targets), config.vocab_size)
+
+
 def map_tokens(function: Callable[..., Any], arrays: tuple[jax.Array, ...], logits_per_token: int) -> Any:
     """Apply a function that makes logits on the way, in chunks of tokens when they would exceed LOGITS_BYTES.
 

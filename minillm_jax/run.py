@@ -53,19 +53,24 @@ MAY_CHANGE = {
 """Settings that a resumed run may change: none of them alters which rows come next or what is optimised."""
 
 
-class StageConfig(Protocol):
-    """What a supervised stage's configuration holds; one that has a group `lora` as well can train an adapter."""
+class ModelStageConfig(Protocol):
+    """What the configuration of a stage that trains a model holds; with a group `lora` it can train an adapter."""
 
     @property
     def run(self) -> RunConfig: ...  # noqa: D102
-    @property
-    def data(self) -> DataConfig: ...  # noqa: D102
     @property
     def model(self) -> ModelConfig: ...  # noqa: D102
     @property
     def optim(self) -> OptimConfig: ...  # noqa: D102
     @property
     def compute(self) -> ComputeConfig: ...  # noqa: D102
+
+
+class StageConfig(ModelStageConfig, Protocol):
+    """What a supervised stage's configuration holds."""
+
+    @property
+    def data(self) -> DataConfig: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Run:
     tokenizer: Tokenizer
 
 
-def open_run(config: StageConfig) -> Run:
+def open_run(config: ModelStageConfig) -> Run:
     """Create or reopen the run folder of a stage.
 
     Raises:
@@ -226,7 +231,7 @@ def _model_shapes(model: ModelConfig) -> Params:
     return jax.eval_shape(partial(init_params, model), jax.random.key(0))
 
 
-def lora_of(config: StageConfig) -> LoraConfig | None:
+def lora_of(config: ModelStageConfig) -> LoraConfig | None:
     """Return a stage's adapter settings; None when it trains all parameters."""
     lora: LoraConfig = getattr(config, "lora", LoraConfig())
     return lora if lora.lora_rank else None
@@ -268,12 +273,16 @@ class Trained:
 
         return make
 
+    def rest(self, frozen: Any) -> Any:
+        """Return what the function given to `make_frozen` returned."""
+        return frozen if self.lora is None else frozen["rest"]
+
     def params(self, trained: Params, frozen: Any) -> Params:
         """Return parameters that the model takes, given what is trained and what `make_frozen` returned."""
         return trained if self.lora is None else combine(frozen["base"], trained, self.lora)
 
 
-def what_to_train(config: StageConfig, run: Run) -> Trained:
+def what_to_train(config: ModelStageConfig, run: Run) -> Trained:
     """Decide by `--lora_rank` what a run trains.
 
     A new run of an adapter pins its base in `adapter.json`; a resumed one takes the base that stands there.

@@ -89,7 +89,7 @@ def prefill(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "compute"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "steps", "compute", "tempered"), donate_argnames=("state",))
 def decode_chunk(
     params: Params,
     config: ModelConfig,
@@ -99,6 +99,7 @@ def decode_chunk(
     *,
     steps: int,
     compute: ComputeConfig,
+    tempered: bool = False,
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Draw `steps` tokens a row.
 
@@ -110,11 +111,13 @@ def decode_chunk(
         eos_token_ids: `[B, n]` tokens that end a row; -1 where there is none.
         steps: tokens to draw.
         compute: dtype and attention implementation.
+        tempered: see Returns.
 
     Returns:
         The next state; tokens `[B, steps]`, -1 after a row's end; and their float32 log-probabilities `[B, steps]`
-        under the model itself, before temperature, penalties and filters.
+        under the model itself, before temperature, penalties and filters, or if `tempered` after temperature alone.
     """
+    heat = jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
 
     def body(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
         logits = state.logits
@@ -122,7 +125,7 @@ def decode_chunk(
             logits = penalize_repetition(logits, state.seen, settings.repetition_penalty)
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
         tokens = sample(logits, keys, settings)
-        logprobs = logprobs_from_logits(state.logits, tokens)
+        logprobs = logprobs_from_logits(state.logits / heat if tempered else state.logits, tokens)
         emitted = jnp.where(state.done, -1, tokens)
         done = state.done | (tokens[:, None] == eos_token_ids).any(-1)
         output = forward_hidden(
@@ -199,8 +202,9 @@ def decode_stream(
     *,
     seed: int = 0,
     compute: ComputeConfig = ComputeConfig(),
+    tempered: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Generate chunk by chunk for a batch of prompts.
+    """Generate chunk by chunk for a batch of prompts; log-probabilities are those of `decode_chunk`.
 
     The next chunk is dispatched before the last one is read, so the device does not wait for the consumer.
 
@@ -235,7 +239,9 @@ def decode_stream(
     for i in range(chunks + 1):
         current = None
         if i < chunks:
-            state, drawn, logprobs = decode_chunk(params, config, state, settings, eos, steps=chunk, compute=compute)
+            state, drawn, logprobs = decode_chunk(
+                params, config, state, settings, eos, steps=chunk, compute=compute, tempered=tempered
+            )
             current = (drawn, logprobs, jnp.copy(state.done))
         if pending is not None:
             drawn, logprobs, done = jax.device_get(pending)

@@ -137,6 +137,45 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any, Batch], dict[str, 
     return step
 
 
+def open_state(
+    mesh: Mesh,
+    checkpointer: Checkpointer,
+    optimizer: optax.GradientTransformation,
+    param_shapes: Params,
+    param_axes: Any,
+    init_params: Callable[[Any], Params],
+    seed: int,
+) -> tuple[TrainState, Any, dict[str, Any] | None]:
+    """Restore a run's newest state onto the mesh, or make its first.
+
+    Args:
+        mesh: the device mesh.
+        checkpointer: of the run.
+        optimizer: of the run.
+        param_shapes: tree of the parameters' abstract shapes.
+        param_axes: tree of their logical axis names.
+        init_params: makes (or loads) the first parameters, given their shardings.
+        seed: of the run.
+
+    Returns:
+        The state, its shardings, and the data state saved with it: None for a new run.
+    """
+    param_shardings = tree_shardings(mesh, param_axes)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = {
+        "params": param_shardings,
+        "opt_state": optimizer_shardings(mesh, optimizer, param_shapes, param_shardings),
+        "step": replicated,
+        "key": replicated,
+    }
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer, seed), param_shapes)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    if (restored := checkpointer.restore(abstract, report=print)) is not None:
+        return restored.state, shardings, restored.data_state
+    make = jax.jit(lambda p: init_state(p, optimizer, seed), out_shardings=shardings, donate_argnums=0)
+    return make(init_params(param_shardings)), shardings, None
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """Place a host batch `[B, T]` on the mesh, rows over the data-parallel axes."""
     sharding = batch_sharding(mesh)
@@ -264,23 +303,15 @@ class _Loop:
         self.job, self.mesh, self.checkpointer, self.peak = job, mesh, checkpointer, peak
         self.total = job.total_steps
         schedule = make_schedule(job.optim, self.total)
-        param_shardings = tree_shardings(mesh, job.param_axes)
         optimizer = make_optimizer(job.optim, self.total, job.param_shapes)
-        replicated = NamedSharding(mesh, PartitionSpec())
-        shardings = {
-            "params": param_shardings,
-            "opt_state": optimizer_shardings(mesh, optimizer, job.param_shapes, param_shardings),
-            "step": replicated,
-            "key": replicated,
-        }
         self.iterator = make_iterator(
             job.train_rows, job.rows_per_step, job.run.seed, jax.process_index(), jax.process_count()
         )
-        restored = self._restore(optimizer, shardings)
-        if restored is None:
-            make = jax.jit(lambda p: init_state(p, optimizer, job.run.seed), out_shardings=shardings, donate_argnums=0)
-            restored = make(job.init_params(param_shardings))
-        self.state: TrainState = restored
+        self.state, shardings, data_state = open_state(
+            mesh, checkpointer, optimizer, job.param_shapes, job.param_axes, job.init_params, job.run.seed
+        )
+        if data_state is not None:
+            self.iterator.set_state(data_state)
         self.start = int(self.state["step"])
         self.frozen = None if job.make_frozen is None else job.make_frozen(mesh)
         step = make_train_step(job.loss_fn, optimizer, schedule, job.run.accumulation_steps)
@@ -288,15 +319,6 @@ class _Loop:
         self.eval_step = jax.jit(make_eval_step(job.loss_fn))
         self.skipped_total = self.skipped_in_a_row = 0
         self.valid_loss: tuple[int, float] | None = None
-
-    def _restore(self, optimizer: optax.GradientTransformation, shardings: Any) -> TrainState | None:
-        state = jax.eval_shape(lambda p: init_state(p, optimizer, self.job.run.seed), self.job.param_shapes)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-        restored = self.checkpointer.restore(abstract, report=print)
-        if restored is None:
-            return None
-        self.iterator.set_state(restored.data_state)
-        return restored.state
 
     def run(self, stop: StopRequest) -> int:
         """Step until the end or a signal; what step n measured is read while step n + 1 runs."""

@@ -1,0 +1,492 @@
+"""The loop of reinforcement learning, the same for PPO and GRPO: roll out, reward, weigh, update, look after health.
+
+A stage brings three functions: what to measure on a rollout's tokens with the current parameters, how rewards become
+advantages, and a loss. The loop owns the rest: prompts, sampling, minibatches, held-out prompts, checkpoints, and going
+back when a health bound breaks. Every random number comes from the seed and the step, so a run that was killed goes on
+with the very numbers that it would have had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from minillm_jax.checkpoint import Checkpointer
+from minillm_jax.config import ComputeConfig, ModelConfig, OptimConfig
+from minillm_jax.data import Batch, PromptRows, make_iterator
+from minillm_jax.losses import LossFn
+from minillm_jax.metrics import MetricsLogger, plot_curves
+from minillm_jax.model import Params
+from minillm_jax.optim import make_optimizer, make_schedule
+from minillm_jax.sharding import data_parallelism, make_mesh
+from minillm_jax.tokenizer import Tokenizer
+from minillm_jax.trainer import (
+    StopRequest,
+    TrainingError,
+    TrainState,
+    TrainStep,
+    make_train_step,
+    open_state,
+    put_batch,
+    stop_on_signal,
+)
+from rl.config import PromptConfig, RLRunConfig, RolloutConfig, check_batch
+from rl.health import HealthConfig, broken_bound
+from rl.rewards import RewardFn, Sample, Scored
+from rl.rollout import Rollout, read_rollout, rollout_file, sample_rollout, to_batch, write_rollout
+
+ROLLOUTS = "rollouts"
+MAX_ROUNDS = 4
+"""Rollouts that dynamic sampling draws for one update, at most."""
+NOTHING_TO_LEARN = 10
+"""Rollouts in a row without a difference in reward after which a warning is printed."""
+
+Controls = dict[str, Any]
+"""What a run carries from rollout to rollout beside its train state; small, and saved as JSON with each checkpoint."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with its rewards.
+
+    Attributes:
+        rollout: B = P * G completions; those of one prompt stand together.
+        batch: `tokens targets weights segment_ids positions`, `[B, T]`; the weights mark the tokens to learn from.
+        scored: rewards of the completions.
+        indices: `[B]`, which prompt of the data each one answers.
+        group_size: completions G per prompt.
+    """
+
+    rollout: Rollout
+    batch: Batch
+    sampler_logprobs: np.ndarray
+    scored: Scored
+    indices: np.ndarray
+    group_size: int
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """Total rewards `[P, G]`."""
+        return self.scored.total.reshape(-1, self.group_size)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """`[B, T]`, 1 for every token that was drawn."""
+        positions, lengths = self.batch["positions"], np.asarray([len(p) for p in self.rollout.prompts])
+        return ((self.batch["segment_ids"] > 0) & (positions >= lengths[:, None] - 1)).astype(np.float32)
+
+
+Weighed = tuple[dict[str, np.ndarray], dict[str, float], Controls]
+"""Arrays `[B, T]` for the loss, metrics of the rollout, and the controls of the next one."""
+
+
+@dataclass(frozen=True)
+class RLJob:
+    """One stage's training: what differs between PPO and GRPO.
+
+    Attributes:
+        run: the shared settings of the run.
+        data: of the prompts.
+        rollout: how completions are drawn and used.
+        health: bounds on what is measured.
+        optim: optimizer settings.
+        compute: dtype and attention implementation.
+        model: shape of the policy.
+        tokenizer: of the policy.
+        group_size: completions G per prompt.
+        policy: takes what is trained and what is frozen; returns parameters to sample from.
+        measure: `(params, frozen, batch) -> {name: [b, T]}`, what the weighing needs to know of each token, among it
+            `logprobs` of the targets at the rollout's temperature.
+        weigh: turns rewards and measurements into what the loss reads; `(experience, measured, controls)`.
+        loss_fn: the loss, see `losses.LossFn`; its metrics hold `approx_kl`.
+        controls: of the first rollout.
+        dynamic_sampling: replace groups whose rewards are all equal by others.
+        init_params: makes the parameters to start from, given their shardings.
+        param_shapes: tree of their abstract shapes.
+        param_axes: tree of their logical axis names.
+        make_frozen: makes what is not trained, on the mesh.
+        reward: scores completions.
+        prompts: to learn from.
+        valid_prompts: held-out ones, or None.
+        settings: everything that was set, for the loggers.
+        files: further texts by file name, saved inside every checkpoint.
+        moved: measures how far an update moved the policy, for controls that need it; or None.
+    """
+
+    run: RLRunConfig
+    data: PromptConfig
+    rollout: RolloutConfig
+    health: HealthConfig
+    optim: OptimConfig
+    compute: ComputeConfig
+    model: ModelConfig
+    tokenizer: Tokenizer
+    group_size: int
+    policy: Callable[[Params, Any], Params]
+    measure: Callable[[Params, Any, Batch], dict[str, jax.Array]]
+    weigh: Callable[[Experience, dict[str, np.ndarray], Controls], Weighed]
+    loss_fn: LossFn
+    init_params: Callable[[Any], Params]
+    param_shapes: Params
+    param_axes: Any
+    reward: RewardFn
+    prompts: PromptRows
+    valid_prompts: PromptRows | None
+    settings: dict[str, Any]
+    controls: Controls = field(default_factory=dict)
+    dynamic_sampling: bool = False
+    make_frozen: Callable[[Mesh], Any] | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    moved: Callable[[Experience, dict[str, np.ndarray], dict[str, np.ndarray], Controls], Controls] | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.run.steps is not None:
+            return self.run.steps
+        rollouts = math.ceil(self.run.epochs * len(self.prompts) / self.data.batch_size)
+        return max(1, rollouts) * self.rollout.update_epochs * self.rollout.minibatches
+
+
+def run_rl(job: RLJob) -> int:
+    """Run a job to its end, or to a signal.
+
+    Returns:
+        0 when all steps are done, 128 plus the signal's number when a signal ended it (everything saved).
+
+    Raises:
+        TrainingError: a health bound broke again after the run had gone back once, or too many steps in a row had a
+            non-finite gradient.
+        ConfigError: the rows of a rollout cannot be split as asked.
+        RewardError: a reward function failed.
+    """
+    mesh = make_mesh(job.run.mesh)
+    checkpointer = Checkpointer(
+        job.run.out_dir,
+        keep=job.run.keep,
+        model_config=job.model,
+        tokenizer_files=job.tokenizer.files(),
+        files=job.files,
+    )
+    with jax.set_mesh(mesh), stop_on_signal() as stop, checkpointer:
+        status = _Loop(job, mesh, checkpointer).run(stop)
+    plot_curves(job.run.out_dir)
+    return status
+
+
+class _Loop:
+    """The loop's moving parts; lives for one call of `run_rl`."""
+
+    def __init__(self, job: RLJob, mesh: Mesh, checkpointer: Checkpointer) -> None:
+        self.job, self.mesh, self.checkpointer = job, mesh, checkpointer
+        self.folder = Path(job.run.out_dir)
+        self.total = job.total_steps
+        self.micro_rows = check_batch(
+            job.data.batch_size, job.group_size, job.rollout, job.run.accumulation_steps, data_parallelism(mesh)
+        )
+        self.iterator = make_iterator(job.prompts, job.data.batch_size, job.run.seed)
+        self.controls: Controls = {"lr_scale": 1.0, "rollbacks": 0, **job.controls}
+        self.state, self.shardings, saved = self._open_state()
+        if saved is not None:
+            self.iterator.set_state(saved["iterator"])
+            self.controls |= saved["controls"]
+        self.start = self.step = int(self.state["step"])
+        self.frozen = None if job.make_frozen is None else job.make_frozen(mesh)
+        self.measure = jax.jit(job.measure)
+        self.train_step = self._make_step()
+        self.strikes = self.idle = self.skipped_in_a_row = 0
+        self.valid_reward: tuple[int, float] | None = None
+        if saved is None:
+            self._save()  # somewhere to go back to
+
+    def _optim(self) -> OptimConfig:
+        scale = self.controls["lr_scale"]
+        return dataclasses.replace(self.job.optim, learning_rate=self.job.optim.learning_rate * scale)
+
+    def _open_state(self) -> tuple[TrainState, Any, dict[str, Any] | None]:
+        job = self.job
+        optimizer = make_optimizer(self._optim(), self.total, job.param_shapes)
+        return open_state(
+            self.mesh, self.checkpointer, optimizer, job.param_shapes, job.param_axes, job.init_params, job.run.seed
+        )
+
+    def _make_step(self) -> TrainStep:
+        job, optim = self.job, self._optim()
+        optimizer = make_optimizer(optim, self.total, job.param_shapes)
+        schedule = make_schedule(optim, self.total)
+        step = make_train_step(job.loss_fn, optimizer, schedule, job.run.accumulation_steps)
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def run(self, stop: StopRequest) -> int:
+        """Roll out and update until the end or a signal."""
+        run = self.job.run
+        with MetricsLogger(
+            run.out_dir, self.total, start_step=self.start, wandb_project=run.wandb_project, config=self.job.settings
+        ) as self.logger:
+            if self.start:
+                what = "resuming" if self.start < self.total else "nothing left to do in"
+                self.logger.print(f"{what} {run.out_dir} after step {self.start} of {self.total}")
+            elif run.eval_interval:
+                self._evaluate()
+            while self.step < self.total:
+                before = self.step
+                metrics = self._iterate()
+                self.step = int(self.state["step"])
+                if not self._healthy(metrics):
+                    continue
+                signum, last = stop.signum, self.step >= self.total
+                if last or self._due(before, run.log_interval):
+                    self.logger.log(self.step, metrics)
+                due_save = last or signum is not None or self._due(before, run.save_interval)
+                if self._due(before, run.eval_interval) or (last and run.eval_interval):
+                    self._evaluate()
+                if due_save:
+                    self._save()
+                if signum is not None:
+                    self.logger.print(f"stopped by signal after step {self.step}; start again to go on from here")
+                    return 128 + signum
+        return 0
+
+    def _due(self, before: int, interval: int) -> bool:
+        return interval > 0 and self.step // interval > before // interval
+
+    # --- one rollout and its update -----------------------------------------------------------------------------------
+
+    def _iterate(self) -> dict[str, float]:
+        """Roll out, weigh, update; returns what was measured."""
+        job, clock = self.job, time.perf_counter()
+        experience = self._collect()
+        rolled_out = time.perf_counter()
+        measured = self._measured(experience.batch)
+        arrays, metrics, self.controls = job.weigh(experience, measured, self.controls)
+        metrics = _describe(experience, measured) | metrics
+        updates = self._update(experience.batch | arrays)
+        if job.moved is not None:
+            self.controls = job.moved(experience, measured, self._measured(experience.batch), self.controls)
+        metrics |= updates
+        done = time.perf_counter()
+        metrics["rollout_tokens_per_second"] = experience.rollout.tokens / (rolled_out - clock)
+        metrics["tokens_per_second"] = float((experience.batch["segment_ids"] > 0).sum()) / (done - rolled_out)
+        metrics["rollout_seconds"], metrics["update_seconds"] = rolled_out - clock, done - rolled_out
+        return metrics
+
+    def _collect(self) -> Experience:
+        """Draw prompts and completions and score them, again and again if sampling is dynamic."""
+        job, step = self.job, self.step
+        if job.rollout.replay is not None:
+            next(self.iterator)
+            rollout, indices = read_rollout(rollout_file(Path(job.rollout.replay), step))
+            return self._experience(rollout, np.asarray(indices), self._score(rollout, indices, job.prompts))
+        rounds: list[tuple[Rollout, np.ndarray, Scored]] = []
+        useful = 0
+        while useful < job.data.batch_size and len(rounds) < MAX_ROUNDS:
+            indices = np.repeat(np.asarray(next(self.iterator)["index"]), job.group_size)
+            rollout = self._sample(indices, job.prompts, job.rollout.temperature, (job.run.seed, step, len(rounds)))
+            scored = self._score(rollout, indices, job.prompts)
+            rounds.append((rollout, indices, scored))
+            if not job.dynamic_sampling:
+                break
+            useful += int(_differing(scored.total.reshape(-1, job.group_size)).sum())
+        rollout, indices, scored = _best_groups(rounds, job.group_size, job.data.batch_size)
+        experience = self._experience(rollout, indices, scored)
+        if job.dynamic_sampling:  # groups that teach nothing are there to fill the batch and count nowhere
+            differing = np.repeat(_differing(experience.rewards), job.group_size)
+            experience.batch["weights"] *= differing[:, None]
+        return experience
+
+    def _experience(self, rollout: Rollout, indices: np.ndarray, scored: Scored) -> Experience:
+        batch, logprobs = to_batch(rollout)
+        keep = scored.ok & (rollout.finished | (not self.job.rollout.mask_truncated_completions))
+        batch["weights"] *= keep[:, None]
+        if self.job.rollout.save_rollouts and self.job.rollout.replay is None:
+            decode = self.job.tokenizer.decode
+            columns: dict[str, Sequence[Any]] = {
+                "prompt": [decode(ids) for ids in rollout.prompts],
+                "completion": [decode(ids) for ids in rollout.completions],
+                "reward": scored.total.tolist(),
+                **{f"reward_{name}": values.tolist() for name, values in scored.components.items()},
+            }
+            write_rollout(rollout_file(self.folder / ROLLOUTS, self.step), rollout, indices.tolist(), columns)
+        return Experience(rollout, batch, logprobs, scored, indices, self.job.group_size)
+
+    def _sample(
+        self, indices: Sequence[int] | np.ndarray, prompts: PromptRows, temperature: float, seed: tuple[int, ...]
+    ) -> Rollout:
+        job = self.job
+        return sample_rollout(
+            job.policy(self.state["params"], self.frozen),
+            job.model,
+            [prompts.prompts[i] for i in indices],
+            job.tokenizer.eos_token_ids,
+            temperature=temperature,
+            max_new_tokens=job.rollout.max_new_tokens,
+            rows_at_once=job.rollout.rollout_batch_size,
+            seed=seed,
+            compute=job.compute,
+        )
+
+    def _score(self, rollout: Rollout, indices: Sequence[int] | np.ndarray, prompts: PromptRows) -> Scored:
+        decode = self.job.tokenizer.decode
+        samples = [
+            Sample(
+                prompt_ids=prompt,
+                completion_ids=completion,
+                prompt=decode(prompt),
+                completion=decode(completion, skip_special_tokens=True),
+                finished=bool(finished),
+                record=prompts.records[index],
+            )
+            for prompt, completion, finished, index in zip(
+                rollout.prompts, rollout.completions, rollout.finished, indices, strict=True
+            )
+        ]
+        return self.job.reward(samples)
+
+    def _measured(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Measure a rollout in pieces of a micro-batch."""
+        params, size = self.state["params"], self.micro_rows
+        pieces = []
+        for begin in range(0, len(batch["tokens"]), size):
+            piece = {name: array[begin : begin + size] for name, array in batch.items()}
+            pieces.append(jax.device_get(self.measure(params, self.frozen, put_batch(piece, self.mesh))))
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        """Learn from a rollout in minibatches; returns the means of what the steps measured."""
+        rollout, rows = self.job.rollout, len(batch["tokens"])
+        random = np.random.default_rng((self.job.run.seed, self.step))
+        found: list[dict[str, float]] = []
+        for _ in range(rollout.update_epochs):
+            order = random.permutation(rows) if rollout.minibatches > 1 else np.arange(rows)
+            for part in np.split(order, rollout.minibatches):
+                minibatch = put_batch({name: array[part] for name, array in batch.items()}, self.mesh)
+                self.state, metrics = self.train_step(self.state, self.frozen, minibatch)
+                found.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+                self._watch(found[-1].pop("skipped") > 0)
+                if rollout.max_update_kl is not None and found[-1]["approx_kl"] > rollout.max_update_kl:
+                    return _means(found) | {"updates": float(len(found))}
+        return _means(found) | {"updates": float(len(found))}
+
+    def _watch(self, skipped: bool) -> None:
+        """Stop when no gradient is finite any more."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= self.job.run.max_skipped_steps:
+            raise TrainingError(
+                f"{self.skipped_in_a_row} steps in a row had a non-finite gradient; lower --learning_rate, and look at "
+                "the completions with --save_rollouts"
+            )
+
+    # --- between rollouts ---------------------------------------------------------------------------------------------
+
+    def _healthy(self, metrics: Mapping[str, float]) -> bool:
+        """Look at the bounds; goes back to the last healthy checkpoint when one is broken, and stops the second time."""
+        self.idle = self.idle + 1 if metrics.get("reward_std") == 0.0 else 0
+        if self.idle == NOTHING_TO_LEARN:
+            self.logger.print(
+                f"step {self.step}: all rewards of the last {self.idle} rollouts were the same "
+                f"({metrics['reward']:g}), so there was nothing to learn; look at the completions with --save_rollouts"
+            )
+        problem = broken_bound(self.job.health, metrics)
+        self.strikes = 0 if problem is None else self.strikes + 1
+        if self.strikes < self.job.health.health_patience:
+            return True
+        self.logger.log(self.step, metrics)
+        if self.controls["rollbacks"]:
+            raise TrainingError(
+                f"step {self.step}: {problem}, although the run had gone back once; the last healthy checkpoint is "
+                f"kept in {self.folder}. Lower --learning_rate, raise the KL coefficient, or move the bound"
+            )
+        state, _, saved = self._open_state()
+        healthy = int(state["step"])
+        state["step"] = self.state["step"]  # the schedule and the names of checkpoints go on
+        self.state = state
+        self.controls = {"lr_scale": 1.0, "rollbacks": 0, **self.job.controls} | (saved or {}).get("controls", {})
+        self.controls["rollbacks"] += 1
+        self.controls["lr_scale"] *= self.job.health.rollback_lr_factor
+        self.train_step = self._make_step()
+        self.strikes = 0
+        self.logger.print(
+            f"step {self.step}: {problem}; going back to the parameters of step {healthy}, and on with the next "
+            f"prompts at {self.controls['lr_scale']:g} times the learning rate"
+        )
+        self._save()
+        return False
+
+    def _evaluate(self) -> None:
+        """Answer held-out prompts greedily."""
+        prompts = self.job.valid_prompts
+        if prompts is None:
+            return
+        indices = range(min(len(prompts), self.job.rollout.eval_prompts))
+        rollout = self._sample(indices, prompts, 0.0, (self.job.run.seed,))
+        scored = self._score(rollout, indices, prompts)
+        values = {f"valid_{name}": value for name, value in _rewards(scored, rollout).items()}
+        self.valid_reward = (self.step, values["valid_reward"])
+        self.logger.log(self.step, values)
+
+    def _save(self) -> None:
+        metrics = {}
+        if self.valid_reward is not None and self.valid_reward[0] == self.step:
+            metrics = {"valid_loss": -self.valid_reward[1]}  # the best checkpoint is the one with the lowest
+        data_state = {"iterator": self.iterator.get_state(), "controls": self.controls}
+        self.checkpointer.save(self.state, data_state, metrics)
+
+
+def _differing(rewards: np.ndarray) -> np.ndarray:
+    """`[P]` bool: which groups of rewards `[P, G]` are not all equal."""
+    return rewards.max(-1) > rewards.min(-1)
+
+
+def _best_groups(
+    rounds: Sequence[tuple[Rollout, np.ndarray, Scored]], group_size: int, count: int
+) -> tuple[Rollout, np.ndarray, Scored]:
+    """Take `count` groups out of several rounds: first, in the order drawn, those whose rewards differ."""
+    rollouts, indices, scored = zip(*rounds, strict=True)
+    total = np.concatenate([s.total for s in scored])
+    order = np.argsort(~_differing(total.reshape(-1, group_size)), kind="stable")[:count]
+    rows = (order[:, None] * group_size + np.arange(group_size)).reshape(-1)
+    merged = [[item for r in rollouts for item in getattr(r, name)] for name in ("prompts", "completions", "logprobs")]
+    prompts, completions, logprobs = ([part[i] for i in rows] for part in merged)
+    finished = np.concatenate([r.finished for r in rollouts])[rows]
+    components = {name: np.concatenate([s.components[name] for s in scored])[rows] for name in scored[0].components}
+    ok = np.concatenate([s.ok for s in scored])[rows]
+    return (
+        Rollout(prompts, completions, logprobs, finished),
+        np.concatenate(indices)[rows],
+        Scored(total[rows], components, ok),
+    )
+
+
+def _rewards(scored: Scored, rollout: Rollout) -> dict[str, float]:
+    """Means of the rewards and of the completions' form."""
+    return {
+        "reward": float(scored.total.mean()),
+        **{f"reward_{name}": float(values.mean()) for name, values in scored.components.items()},
+        "completion_length": rollout.tokens / len(rollout.completions),
+        "eos_rate": float(rollout.finished.mean()),
+    }
+
+
+def _describe(experience: Experience, measured: dict[str, np.ndarray]) -> dict[str, float]:
+    """What a rollout was like, before anything was learnt from it."""
+    gap = np.abs(measured["logprobs"] - experience.sampler_logprobs) * experience.mask
+    return {
+        **_rewards(experience.scored, experience.rollout),
+        "reward_std": float(experience.scored.total.std()),
+        "zero_variance": float(1.0 - _differing(experience.rewards).mean()),
+        "bad_rewards": float((~experience.scored.ok).sum()),
+        "logprob_gap": float(gap.max()),
+    }
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

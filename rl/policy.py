@@ -1,0 +1,102 @@
+"""The policy's side of PPO and GRPO: what a model says about drawn tokens, and what the loss makes of it."""
+
+from __future__ import annotations
+
+import jax
+
+from minillm_jax.config import ComputeConfig, ConfigError, ModelConfig, RunConfig
+from minillm_jax.losses import Batch, Metrics, token_logprobs_and_entropy
+from minillm_jax.model import ModelOutput, Params, forward_hidden
+from rl.losses import Objective, aggregate, policy_loss
+
+
+def read_tokens(
+    params: Params,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    batch: Batch,
+    temperature: float,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, ModelOutput]:
+    """Read drawn tokens with a policy.
+
+    Args:
+        params: of the policy.
+        config: its shape.
+        compute: dtype, attention implementation, rematerialisation.
+        batch: `tokens targets segment_ids positions`, `[B, T]` each.
+        temperature: that the tokens were drawn at.
+        key: turns dropout on.
+
+    Returns:
+        Log-probabilities of the targets and entropies of their distributions, `[B, T]` float32, both at the
+        temperature; and what the model returned.
+    """
+    output = forward_hidden(
+        params,
+        config,
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        dropout_key=key,
+        compute=compute,
+    )
+    # Logits are linear in the hidden states, so dividing these divides those.
+    logprobs, entropy = token_logprobs_and_entropy(params, config, output.hidden / temperature, batch["targets"])
+    return logprobs, entropy, output
+
+
+def policy_terms(
+    objective: Objective,
+    logprobs: jax.Array,
+    entropy: jax.Array,
+    output: ModelOutput,
+    batch: Batch,
+    max_new_tokens: int,
+) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    """Loss sum, weight and metrics of a policy: `losses.policy_loss`, and the router's loss with the same weights.
+
+    Args:
+        objective: what is optimised.
+        logprobs: `[B, T]` of the targets.
+        entropy: `[B, T]`.
+        output: what the model returned.
+        batch: `weights old_logprobs advantages`, `[B, T]` each, and `ref_logprobs` where there is a reference.
+        max_new_tokens: longest completion.
+    """
+    mask = batch["weights"]
+    loss, (weight, metrics) = policy_loss(
+        objective,
+        logprobs,
+        batch["old_logprobs"],
+        batch["advantages"],
+        mask,
+        ref_logprobs=batch.get("ref_logprobs"),
+        entropy=entropy,
+        max_new_tokens=max_new_tokens,
+    )
+    if output.router_loss is not None:
+        router_loss, router_weight = aggregate(output.router_loss, mask, objective.aggregation, max_new_tokens)
+        loss, metrics = loss + router_loss, metrics | {"router_loss": (router_loss, router_weight)}
+    return loss, (weight, metrics)
+
+
+def with_loss(
+    terms: tuple[jax.Array, tuple[jax.Array, Metrics]],
+) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    """Add the loss itself to the metrics."""
+    loss, (weight, metrics) = terms
+    return loss, (weight, {"loss": (loss, weight), **metrics})
+
+
+def require_model(run: RunConfig) -> str:
+    """Return `--model_path`, without which there is nothing to reinforce.
+
+    Raises:
+        ConfigError: it was not given.
+    """
+    if run.model_path is None:
+        raise ConfigError("--model_path is needed: reinforcement starts from a model that can already answer a little")
+    return run.model_path
+
+
