@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minillm_jax.data import DataError, builtin, read_records, tasks
-from minillm_jax.data.builtin import FAMILIES, generate_tasks, write_eval, write_pretrain, write_sft
+from minillm_jax.data.builtin import FAMILIES, generate_tasks, write_eval, write_pretrain, write_prompts, write_sft
 from minillm_jax.data.tasks import WORDS
 
 
@@ -220,11 +220,28 @@ def test_evaluation_rows_are_different_and_even_over_families(tmp_path):
     assert set(Counter(row["family"] for row in rows).values()) == {100}
 
 
+def test_prompts_are_different_training_questions_of_every_family(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    write_prompts(path, 1400, seed=1)
+    records = list(read_records([str(path)], "rl"))
+    assert len({record.row["prompt"] for record in records}) == 1400
+    counts = Counter(record.row["family"] for record in records)
+    assert set(counts) == set(FAMILIES)
+    assert max(counts.values()) < 150  # drawn evenly; what small families lack is made up for by all
+    asked = [builtin.Task(r.row["family"], r.row["prompt"], r.answer) for r in records]
+    assert all(task.answer == solve(task) for task in asked)
+    write_eval(tmp_path / "eval.jsonl", 1400, seed=1)
+    heldout = {(row["family"], row["prompt"]) for row in rows_of(tmp_path / "eval.jsonl")}
+    assert not heldout & {(task.family, task.prompt) for task in asked}
+
+
 def test_asking_for_more_questions_than_there_are_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "FAMILIES", {"repeat": FAMILIES["repeat"]})
     monkeypatch.setattr(builtin, "FAMILIES", {"repeat": FAMILIES["repeat"]})
     with pytest.raises(DataError, match="different held-out questions were found; ask for fewer"):
         write_eval(tmp_path / "eval.jsonl", 5000, seed=0)
+    with pytest.raises(DataError, match="different training questions were found; ask for fewer"):
+        write_prompts(tmp_path / "prompts.jsonl", 5000, seed=0)
 
 
 def test_pretraining_text_is_the_documentation_of_this_python(tmp_path):

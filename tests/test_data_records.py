@@ -67,7 +67,7 @@ BAD_ROWS = [
     ("pretrain", b"\xff\xfe{\x00", "row: is not UTF-8 (byte 1 of the line); save the file as UTF-8"),
     ("pretrain", {"txt": "x"}, "text: is missing"),
     ("pretrain", {"text": None}, "text: must be a string, not null"),
-    ("pretrain", {"text": 3}, "text: must be a string, not the number 3"),
+    ("pretrain", {"text": 3}, "text: must be a string, not the number 3; write it in quotes"),
     ("pretrain", {"text": True}, "text: must be a string, not true"),
     ("pretrain", {"text": ["x"]}, "text: must be a string, not a list"),
     ("pretrain", r'{"text": "a\ud800"}', r"text: holds half of a surrogate pair \ud800 at character 1"),
@@ -119,7 +119,7 @@ BAD_ROWS = [
     ),
     ("rl", {"answer": "2"}, "prompt: is missing (and so is conversations)"),
     ("rl", {"prompt": None}, "prompt: must be a string, not null"),
-    ("rl", {"prompt": "x", "answer": 2}, "answer: must be a string, not the number 2"),
+    ("rl", {"prompt": "x", "answer": 2}, "answer: must be a string, not the number 2; write it in quotes"),
     ("rl", turns(ASSISTANT), "conversations: has no user turn to answer"),
     ("choice", row("choice", choices=[]), "choices: is empty"),
     ("choice", row("choice", choices=["a", 1]), "choices[1]: must be a string, not the number 1"),
@@ -129,8 +129,8 @@ BAD_ROWS = [
     ("choice", row("choice", gold=True), "gold: must be a whole number, not true"),
     ("choice", row("choice", gold="0"), "gold: must be a whole number, not a string"),
     ("pairs", {"good": "g"}, "bad: is missing"),
-    ("exact", {"prompt": "p", "answer": 4}, "answer: must be a string, not the number 4"),
-    ("pairs", row("pairs", task=1), "task: must be a string, not the number 1"),
+    ("exact", {"prompt": "p", "answer": 4}, "answer: must be a string, not the number 4; write it in quotes"),
+    ("pairs", row("pairs", task=1), "task: must be a string, not the number 1; write it in quotes"),
     ("exact", row("exact", family=["add"]), "family: must be a string, not a list"),
 ]
 
@@ -198,6 +198,12 @@ def test_rl_prompts_become_a_user_turn_and_a_last_assistant_turn_is_dropped(tmp_
     assert first.conversations == [{"role": "user", "content": "1+1"}]
     assert first.answer is None
     assert second.conversations == [USER, ASSISTANT, USER]
+
+
+def test_rl_rows_keep_every_field_for_reward_functions(tmp_path):
+    given = {"prompt": "1+1", "answer": "2", "tests": ["assert f(1) == 2"], "level": 3}
+    (record,) = read_records([write_lines(tmp_path / "a.jsonl", given)], "rl")
+    assert record.row == given
 
 
 def test_turns_that_only_call_tools_need_no_content(tmp_path):

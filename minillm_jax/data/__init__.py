@@ -11,4 +11,6 @@ from minillm_jax.data.loader import make_iterator as make_iterator
 from minillm_jax.data.packing import Batch as Batch
 from minillm_jax.data.preference import PairRows as PairRows
 from minillm_jax.data.preference import load_pairs as load_pairs
+from minillm_jax.data.prompts import PromptRows as PromptRows
+from minillm_jax.data.prompts import load_prompts as load_prompts
 from minillm_jax.data.records import read_records as read_records

@@ -250,14 +250,33 @@ def write_eval(path: str | Path, n: int, seed: int, families: Mapping[str, Famil
         DataError: there are not that many different questions.
     """
     quota = -(-n // len(FAMILIES if families is None else families))  # of each family, rounded up
+    _write_questions(path, n, seed, "heldout", families, quota)
+
+
+def write_prompts(path: str | Path, n: int, seed: int) -> None:
+    """Write `n` different training questions as `{"prompt", "answer", "family"}` rows, to learn from rewards.
+
+    Families are drawn evenly; small ones have fewer rows, because a question that comes again is left out.
+
+    Raises:
+        DataError: there are not that many different questions.
+    """
+    _write_questions(path, n, seed, "train", None, quota=n)
+
+
+def _write_questions(
+    path: str | Path, n: int, seed: int, split: Split, families: Mapping[str, Family] | None, quota: int
+) -> None:
+    """Write `n` different questions of a split, at most `quota` of each family."""
     counts: Counter[str] = Counter()
     tasks: dict[str, Task] = {}
-    for task in itertools.islice(iter_tasks(seed, "heldout", families), 20 * n):
+    for task in itertools.islice(iter_tasks(seed, split, families), 20 * n):
         if len(tasks) == n:
             break
         if task.prompt not in tasks and counts[task.family] < quota:
             tasks[task.prompt] = task
             counts[task.family] += 1
     if len(tasks) < n:
-        raise DataError(f"{path}: only {len(tasks)} of {n} different held-out questions were found; ask for fewer")
+        kind = {"train": "training", "heldout": "held-out"}[split]
+        raise DataError(f"{path}: only {len(tasks)} of {n} different {kind} questions were found; ask for fewer")
     _write_rows(path, ({"prompt": t.prompt, "answer": t.answer, "family": t.family} for t in tasks.values()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class RLRecord(Record):
     conversations: Turns
     answer: str | None = None
     tools: Any = None
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The JSON object as it was read, for reward functions that want other fields."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def _string(row: Mapping[str, Any], key: str) -> str:
     if key not in row:
         raise FieldError(key, "is missing")
     if not isinstance(row[key], str):
-        raise FieldError(key, "must be a string", f", not {_describe(row[key])}")
+        number = isinstance(row[key], int | float) and not isinstance(row[key], bool)
+        advice = "; write it in quotes" if number else ""
+        raise FieldError(key, "must be a string", f", not {_describe(row[key])}{advice}")
     return row[key]
 
 
@@ -171,7 +175,7 @@ def _rl(row: dict[str, Any], file: str, line: int) -> RLRecord:
             raise FieldError("conversations", "has no user turn to answer")
     else:
         raise FieldError("prompt", "is missing", " (and so is conversations)")
-    return RLRecord(file, line, turns, _optional_string(row, "answer"), row.get("tools"))
+    return RLRecord(file, line, turns, _optional_string(row, "answer"), row.get("tools"), row)
 
 
 def _choice(row: dict[str, Any], file: str, line: int) -> ChoiceRecord:
