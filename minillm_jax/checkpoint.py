@@ -53,6 +53,8 @@ TOKENIZER = "tokenizer"
 DATA_STATE_FILE = "data_state.json"
 MODEL_CONFIG_FILE = "model_config.json"
 METADATA_FILE = "metadata.json"
+CRITIC = "critic"
+"""What PPO keeps beside the parameters of its policy, under this name: needed to go on, and no part of the model."""
 
 Report = Callable[[str], object]
 
@@ -309,7 +311,7 @@ def load_params(
     placement = {} if shardings is None else _flatten({"params": shardings})
     asked = {}
     for name, (dtype_name, shape) in read_json(folder, METADATA_FILE)["arrays"].items():
-        if name.startswith("params."):
+        if name.startswith("params.") and not name.startswith(f"params.{CRITIC}."):
             floating = dtype is not None and jnp.issubdtype(dtype_name, jnp.floating)
             asked[name] = jax.ShapeDtypeStruct(
                 tuple(shape), dtype if floating else dtype_name, sharding=placement.get(name)

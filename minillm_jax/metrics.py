@@ -230,6 +230,10 @@ class _Screen:
             parts.append("loss not finite" if loss is None else f"loss {loss:.4f}")
         if (valid_loss := get("valid_loss")) is not None:
             parts.append(f"held out {valid_loss:.4f}")
+        if (reward := get("reward")) is not None:
+            parts.append(f"reward {reward:.3f}")
+        if (valid_reward := get("valid_reward")) is not None:
+            parts.append(f"held out {valid_reward:.3f}")
         if (rate := get("tokens_per_second")) is not None:
             parts.append(f"{_short(rate)} tokens/s")
         if (mfu := get("mfu")) is not None:

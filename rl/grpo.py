@@ -10,31 +10,28 @@ clipping, aggregation, KL), and each choice has a flag of its own.
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from minillm_jax.cli import setup_jax, user_errors
-from minillm_jax.config import ComputeConfig, ConfigError, LoraConfig, ModelConfig, OptimConfig, parse_cli, to_json
+from minillm_jax.config import ComputeConfig, ConfigError, LoraConfig, ModelConfig, OptimConfig, parse_cli
 from minillm_jax.losses import Batch, LossFn, Metrics
-from minillm_jax.model import Params, param_axes
-from minillm_jax.pretrained import load_params, read_model_config
+from minillm_jax.model import Params
+from minillm_jax.pretrained import read_model_config
 from minillm_jax.run import open_run, what_to_train
-from minillm_jax.sharding import tree_shardings
-from rl.advantages import BASELINES, BetaTracker, kl_shaped_rewards, returns_to_go, whiten
+from rl.advantages import BASELINES, BetaTracker, kl_shaped_rewards, returns_to_go, single_stream, whiten
 from rl.algorithms import AlgorithmConfig
 from rl.config import PromptConfig, RLRunConfig, RolloutConfig, load_stage_prompts
 from rl.health import HealthConfig
 from rl.loop import Controls, Experience, RLJob, Weighed, run_rl
 from rl.losses import Objective, kl_estimate
-from rl.policy import policy_terms, read_tokens, require_model, with_loss
+from rl.policy import policy_terms, read_tokens, reference_policy, require_model, with_loss
 from rl.rewards import RewardConfig, make_rewards
 
 
@@ -59,8 +56,8 @@ class GrpoConfig:
     data: PromptConfig
     model: ModelConfig
     group: GroupConfig = GroupConfig()
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     health: HealthConfig = HealthConfig()
     optim: OptimConfig = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0)
@@ -90,14 +87,19 @@ def weigh(objective: Objective, experience: Experience, measured: dict[str, np.n
     else:
         totals = jnp.asarray(rewards - penalty.sum(-1).reshape(rewards.shape))
         if objective.baseline == "spo":
-            expected = BetaTracker.from_lists(controls["tracker"]).value(experience.indices)
+            expected = BetaTracker.from_json(controls["tracker"]).value(experience.indices)
             metrics["expected_reward"] = float(expected.mean())
-            per_row = BASELINES["batch"](totals - expected.reshape(rewards.shape))
+            per_row = single_stream(totals, jnp.asarray(expected.reshape(rewards.shape)))
         else:
             per_row = BASELINES[objective.baseline](totals)
         advantages = per_row.reshape(-1, 1) * mask
     arrays["advantages"] = np.asarray(advantages, np.float32)
     return arrays, metrics, controls
+
+
+def new_tracker(prompts: int) -> Controls:
+    """What SPO remembers of each prompt: its tracker, and how far the policy had moved when it was last seen."""
+    return {"tracker": BetaTracker.create(prompts).to_json(), "seen": [0.0] * prompts, "moved": 0.0}
 
 
 def track(
@@ -111,11 +113,11 @@ def track(
     moved = float((kl_estimate(after["logprobs"], before["logprobs"], "k3") * mask).sum() / mask.sum())
     total = controls["moved"] + moved
     seen = np.asarray(controls["seen"])
-    tracker = BetaTracker.from_lists(controls["tracker"])
+    tracker = BetaTracker.from_json(controls["tracker"])
     indices = experience.indices
     tracker = tracker.update(indices, experience.scored.total.clip(0.0, 1.0), total - seen[indices])
     seen[indices] = total
-    return controls | {"tracker": tracker.to_lists(), "seen": seen.tolist(), "moved": total}
+    return controls | {"tracker": tracker.to_json(), "seen": seen.tolist(), "moved": total}
 
 
 def grpo_loss(config: GrpoConfig, model: ModelConfig) -> LossFn:
@@ -141,52 +143,34 @@ def main() -> int:
         objective, temperature = config.algorithm.objective(), config.rollout.temperature
         prompts, valid_prompts = load_stage_prompts(config.data, config.rollout, run.tokenizer, config.run.seed)
         reward = make_rewards(config.reward, run.tokenizer)
-        reward.check([prompts, valid_prompts])
         trained = what_to_train(config, run)
 
-        def reference(mesh: Mesh, base: Params | None) -> Params | None:
-            if not objective.kl_coef:
-                return None
-            if base is not None:
-                return base  # an adapter's base is held once
-            return load_params(model_path, dtype=jnp.float32, shardings=tree_shardings(mesh, param_axes(run.model)))[1]
-
         def measure(params: Params, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
-            read = partial(read_tokens, config=run.model, compute=config.compute, batch=batch, temperature=temperature)
-            found = {"logprobs": read(trained.params(params, frozen))[0]}
-            if (rest := trained.rest(frozen)) is not None:
-                found["ref_logprobs"] = read(rest)[0]
-            return found
+            def logprobs(policy: Params) -> jax.Array:
+                return read_tokens(policy, run.model, config.compute, batch, temperature)[0]
+
+            reference = trained.rest(frozen)
+            found = {"logprobs": logprobs(trained.params(params, frozen))}
+            return found if reference is None else found | {"ref_logprobs": logprobs(reference)}
 
         spo = objective.baseline == "spo"
-        tracker = {"tracker": BetaTracker.create(len(prompts)).to_lists(), "seen": [0.0] * len(prompts), "moved": 0.0}
         return run_rl(
             RLJob(
-                run=config.run,
-                data=config.data,
-                rollout=config.rollout,
-                health=config.health,
-                optim=config.optim,
-                compute=config.compute,
-                model=run.model,
-                tokenizer=run.tokenizer,
-                group_size=config.group.num_generations,
+                config=config,
+                run=run,
+                trained=trained,
                 policy=trained.params,
                 measure=measure,
                 weigh=partial(weigh, objective),
                 loss_fn=trained.loss(grpo_loss(config, run.model)),
-                init_params=trained.init_params,
-                param_shapes=trained.param_shapes,
-                param_axes=trained.param_axes,
-                make_frozen=trained.make_frozen(reference),
+                make_frozen=trained.make_frozen(reference_policy(model_path, run.model, objective.kl_coef)),
                 reward=reward,
                 prompts=prompts,
                 valid_prompts=valid_prompts,
-                settings=json.loads(to_json(config)),
-                controls=tracker if spo else {},
-                moved=track if spo else None,
+                group_size=config.group.num_generations,
                 dynamic_sampling=objective.dynamic_sampling,
-                files=trained.files,
+                controls=new_tracker(len(prompts)) if spo else {},
+                moved=track if spo else None,
             )
         )
 

@@ -9,26 +9,27 @@ with the very numbers that it would have had.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from minillm_jax.checkpoint import Checkpointer
-from minillm_jax.config import ComputeConfig, ModelConfig, OptimConfig
+from minillm_jax.config import OptimConfig, to_json
 from minillm_jax.data import Batch, PromptRows, make_iterator
 from minillm_jax.losses import LossFn
 from minillm_jax.metrics import MetricsLogger, plot_curves
 from minillm_jax.model import Params
 from minillm_jax.optim import make_optimizer, make_schedule
+from minillm_jax.run import ModelStageConfig, Run, Trained
 from minillm_jax.sharding import data_parallelism, make_mesh
-from minillm_jax.tokenizer import Tokenizer
 from minillm_jax.trainer import (
     StopRequest,
     TrainingError,
@@ -89,72 +90,67 @@ Weighed = tuple[dict[str, np.ndarray], dict[str, float], Controls]
 """Arrays `[B, T]` for the loss, metrics of the rollout, and the controls of the next one."""
 
 
+class RLConfig(ModelStageConfig, Protocol):
+    """What the configuration of a stage of reinforcement learning holds."""
+
+    @property
+    def run(self) -> RLRunConfig: ...  # noqa: D102
+    @property
+    def data(self) -> PromptConfig: ...  # noqa: D102
+    @property
+    def rollout(self) -> RolloutConfig: ...  # noqa: D102
+    @property
+    def health(self) -> HealthConfig: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class RLJob:
     """One stage's training: what differs between PPO and GRPO.
 
     Attributes:
-        run: the shared settings of the run.
-        data: of the prompts.
-        rollout: how completions are drawn and used.
-        health: bounds on what is measured.
-        optim: optimizer settings.
-        compute: dtype and attention implementation.
-        model: shape of the policy.
-        tokenizer: of the policy.
-        group_size: completions G per prompt.
+        config: everything that was set.
+        run: the open run folder.
+        trained: what the steps change, a critic included.
         policy: takes what is trained and what is frozen; returns parameters to sample from.
         measure: `(params, frozen, batch) -> {name: [b, T]}`, what the weighing needs to know of each token, among it
             `logprobs` of the targets at the rollout's temperature.
         weigh: turns rewards and measurements into what the loss reads; `(experience, measured, controls)`.
-        loss_fn: the loss, see `losses.LossFn`; its metrics hold `approx_kl`.
-        controls: of the first rollout.
-        dynamic_sampling: replace groups whose rewards are all equal by others.
-        init_params: makes the parameters to start from, given their shardings.
-        param_shapes: tree of their abstract shapes.
-        param_axes: tree of their logical axis names.
-        make_frozen: makes what is not trained, on the mesh.
+        loss_fn: the loss, see `losses.LossFn`, on what `weigh` returns; its metrics hold `approx_kl`.
+        make_frozen: makes what is not trained, on the mesh; or None.
         reward: scores completions.
         prompts: to learn from.
         valid_prompts: held-out ones, or None.
-        settings: everything that was set, for the loggers.
-        files: further texts by file name, saved inside every checkpoint.
-        moved: measures how far an update moved the policy, for controls that need it; or None.
+        group_size: completions G per prompt.
+        dynamic_sampling: replace groups whose rewards are all equal by others.
+        controls: of the first rollout.
+        moved: called after an update with the experience, what was measured before and after it, and the controls;
+            returns the next controls. None for none.
     """
 
-    run: RLRunConfig
-    data: PromptConfig
-    rollout: RolloutConfig
-    health: HealthConfig
-    optim: OptimConfig
-    compute: ComputeConfig
-    model: ModelConfig
-    tokenizer: Tokenizer
-    group_size: int
+    config: RLConfig
+    run: Run
+    trained: Trained
     policy: Callable[[Params, Any], Params]
     measure: Callable[[Params, Any, Batch], dict[str, jax.Array]]
     weigh: Callable[[Experience, dict[str, np.ndarray], Controls], Weighed]
     loss_fn: LossFn
-    init_params: Callable[[Any], Params]
-    param_shapes: Params
-    param_axes: Any
+    make_frozen: Callable[[Mesh], Any] | None
     reward: RewardFn
     prompts: PromptRows
     valid_prompts: PromptRows | None
-    settings: dict[str, Any]
-    controls: Controls = field(default_factory=dict)
+    group_size: int = 1
     dynamic_sampling: bool = False
-    make_frozen: Callable[[Mesh], Any] | None = None
-    files: dict[str, str] = field(default_factory=dict)
+    controls: Controls = field(default_factory=dict)
     moved: Callable[[Experience, dict[str, np.ndarray], dict[str, np.ndarray], Controls], Controls] | None = None
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        if self.run.steps is not None:
-            return self.run.steps
-        rollouts = math.ceil(self.run.epochs * len(self.prompts) / self.data.batch_size)
-        return max(1, rollouts) * self.rollout.update_epochs * self.rollout.minibatches
+        run, rollout = self.config.run, self.config.rollout
+        if run.steps is not None:
+            return run.steps
+        rollouts = math.ceil(run.epochs * len(self.prompts) / self.config.data.batch_size)
+        return max(1, rollouts) * rollout.update_epochs * rollout.minibatches
 
 
 def run_rl(job: RLJob) -> int:
@@ -169,17 +165,18 @@ def run_rl(job: RLJob) -> int:
         ConfigError: the rows of a rollout cannot be split as asked.
         RewardError: a reward function failed.
     """
-    mesh = make_mesh(job.run.mesh)
+    run = job.config.run
+    mesh = make_mesh(run.mesh)
     checkpointer = Checkpointer(
-        job.run.out_dir,
-        keep=job.run.keep,
-        model_config=job.model,
-        tokenizer_files=job.tokenizer.files(),
-        files=job.files,
+        run.out_dir,
+        keep=run.keep,
+        model_config=job.run.model,
+        tokenizer_files=job.run.tokenizer.files(),
+        files=job.trained.files,
     )
     with jax.set_mesh(mesh), stop_on_signal() as stop, checkpointer:
         status = _Loop(job, mesh, checkpointer).run(stop)
-    plot_curves(job.run.out_dir)
+    plot_curves(job.run.folder)
     return status
 
 
@@ -188,12 +185,17 @@ class _Loop:
 
     def __init__(self, job: RLJob, mesh: Mesh, checkpointer: Checkpointer) -> None:
         self.job, self.mesh, self.checkpointer = job, mesh, checkpointer
-        self.folder = Path(job.run.out_dir)
+        self.config, self.tokenizer, self.folder = job.config, job.run.tokenizer, job.run.folder
         self.total = job.total_steps
+        run, self.prompts_per_rollout = self.config.run, self.config.data.batch_size
         self.micro_rows = check_batch(
-            job.data.batch_size, job.group_size, job.rollout, job.run.accumulation_steps, data_parallelism(mesh)
+            self.prompts_per_rollout,
+            job.group_size,
+            self.config.rollout,
+            run.accumulation_steps,
+            data_parallelism(mesh),
         )
-        self.iterator = make_iterator(job.prompts, job.data.batch_size, job.run.seed)
+        self.iterator = make_iterator(job.prompts, self.prompts_per_rollout, run.seed)
         self.controls: Controls = {"lr_scale": 1.0, "rollbacks": 0, **job.controls}
         self.state, self.shardings, saved = self._open_state()
         if saved is not None:
@@ -210,27 +212,33 @@ class _Loop:
 
     def _optim(self) -> OptimConfig:
         scale = self.controls["lr_scale"]
-        return dataclasses.replace(self.job.optim, learning_rate=self.job.optim.learning_rate * scale)
+        return dataclasses.replace(self.config.optim, learning_rate=self.config.optim.learning_rate * scale)
 
     def _open_state(self) -> tuple[TrainState, Any, dict[str, Any] | None]:
-        job = self.job
-        optimizer = make_optimizer(self._optim(), self.total, job.param_shapes)
+        trained = self.job.trained
+        optimizer = make_optimizer(self._optim(), self.total, trained.param_shapes)
         return open_state(
-            self.mesh, self.checkpointer, optimizer, job.param_shapes, job.param_axes, job.init_params, job.run.seed
+            self.mesh,
+            self.checkpointer,
+            optimizer,
+            trained.param_shapes,
+            trained.param_axes,
+            trained.init_params,
+            self.config.run.seed,
         )
 
     def _make_step(self) -> TrainStep:
-        job, optim = self.job, self._optim()
-        optimizer = make_optimizer(optim, self.total, job.param_shapes)
+        optim = self._optim()
+        optimizer = make_optimizer(optim, self.total, self.job.trained.param_shapes)
         schedule = make_schedule(optim, self.total)
-        step = make_train_step(job.loss_fn, optimizer, schedule, job.run.accumulation_steps)
+        step = make_train_step(self.job.loss_fn, optimizer, schedule, self.config.run.accumulation_steps)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def run(self, stop: StopRequest) -> int:
         """Roll out and update until the end or a signal."""
-        run = self.job.run
+        run, settings = self.config.run, json.loads(to_json(self.config))
         with MetricsLogger(
-            run.out_dir, self.total, start_step=self.start, wandb_project=run.wandb_project, config=self.job.settings
+            run.out_dir, self.total, start_step=self.start, wandb_project=run.wandb_project, config=settings
         ) as self.logger:
             if self.start:
                 what = "resuming" if self.start < self.total else "nothing left to do in"
@@ -282,21 +290,23 @@ class _Loop:
     def _collect(self) -> Experience:
         """Draw prompts and completions and score them, again and again if sampling is dynamic."""
         job, step = self.job, self.step
-        if job.rollout.replay is not None:
+        if self.config.rollout.replay is not None:
             next(self.iterator)
-            rollout, indices = read_rollout(rollout_file(Path(job.rollout.replay), step))
+            rollout, indices = read_rollout(rollout_file(Path(self.config.rollout.replay), step))
             return self._experience(rollout, np.asarray(indices), self._score(rollout, indices, job.prompts))
         rounds: list[tuple[Rollout, np.ndarray, Scored]] = []
         useful = 0
-        while useful < job.data.batch_size and len(rounds) < MAX_ROUNDS:
+        while useful < self.prompts_per_rollout and len(rounds) < MAX_ROUNDS:
             indices = np.repeat(np.asarray(next(self.iterator)["index"]), job.group_size)
-            rollout = self._sample(indices, job.prompts, job.rollout.temperature, (job.run.seed, step, len(rounds)))
+            rollout = self._sample(
+                indices, job.prompts, self.config.rollout.temperature, (self.config.run.seed, step, len(rounds))
+            )
             scored = self._score(rollout, indices, job.prompts)
             rounds.append((rollout, indices, scored))
             if not job.dynamic_sampling:
                 break
             useful += int(_differing(scored.total.reshape(-1, job.group_size)).sum())
-        rollout, indices, scored = _best_groups(rounds, job.group_size, job.data.batch_size)
+        rollout, indices, scored = _best_groups(rounds, job.group_size, self.prompts_per_rollout)
         experience = self._experience(rollout, indices, scored)
         if job.dynamic_sampling:  # groups that teach nothing are there to fill the batch and count nowhere
             differing = np.repeat(_differing(experience.rewards), job.group_size)
@@ -305,10 +315,10 @@ class _Loop:
 
     def _experience(self, rollout: Rollout, indices: np.ndarray, scored: Scored) -> Experience:
         batch, logprobs = to_batch(rollout)
-        keep = scored.ok & (rollout.finished | (not self.job.rollout.mask_truncated_completions))
+        keep = scored.ok & (rollout.finished | (not self.config.rollout.mask_truncated_completions))
         batch["weights"] *= keep[:, None]
-        if self.job.rollout.save_rollouts and self.job.rollout.replay is None:
-            decode = self.job.tokenizer.decode
+        if self.config.rollout.save_rollouts and self.config.rollout.replay is None:
+            decode = self.tokenizer.decode
             columns: dict[str, Sequence[Any]] = {
                 "prompt": [decode(ids) for ids in rollout.prompts],
                 "completion": [decode(ids) for ids in rollout.completions],
@@ -324,18 +334,18 @@ class _Loop:
         job = self.job
         return sample_rollout(
             job.policy(self.state["params"], self.frozen),
-            job.model,
+            job.run.model,
             [prompts.prompts[i] for i in indices],
-            job.tokenizer.eos_token_ids,
+            self.tokenizer.eos_token_ids,
             temperature=temperature,
-            max_new_tokens=job.rollout.max_new_tokens,
-            rows_at_once=job.rollout.rollout_batch_size,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            rows_at_once=self.config.rollout.rollout_batch_size,
             seed=seed,
-            compute=job.compute,
+            compute=self.config.compute,
         )
 
     def _score(self, rollout: Rollout, indices: Sequence[int] | np.ndarray, prompts: PromptRows) -> Scored:
-        decode = self.job.tokenizer.decode
+        decode = self.tokenizer.decode
         samples = [
             Sample(
                 prompt_ids=prompt,
@@ -362,8 +372,8 @@ class _Loop:
 
     def _update(self, batch: Batch) -> dict[str, float]:
         """Learn from a rollout in minibatches; returns the means of what the steps measured."""
-        rollout, rows = self.job.rollout, len(batch["tokens"])
-        random = np.random.default_rng((self.job.run.seed, self.step))
+        rollout, rows = self.config.rollout, len(batch["tokens"])
+        random = np.random.default_rng((self.config.run.seed, self.step))
         found: list[dict[str, float]] = []
         for _ in range(rollout.update_epochs):
             order = random.permutation(rows) if rollout.minibatches > 1 else np.arange(rows)
@@ -379,7 +389,7 @@ class _Loop:
     def _watch(self, skipped: bool) -> None:
         """Stop when no gradient is finite any more."""
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.skipped_in_a_row >= self.job.run.max_skipped_steps:
+        if self.skipped_in_a_row >= self.config.run.max_skipped_steps:
             raise TrainingError(
                 f"{self.skipped_in_a_row} steps in a row had a non-finite gradient; lower --learning_rate, and look at "
                 "the completions with --save_rollouts"
@@ -395,9 +405,9 @@ class _Loop:
                 f"step {self.step}: all rewards of the last {self.idle} rollouts were the same "
                 f"({metrics['reward']:g}), so there was nothing to learn; look at the completions with --save_rollouts"
             )
-        problem = broken_bound(self.job.health, metrics)
+        problem = broken_bound(self.config.health, metrics)
         self.strikes = 0 if problem is None else self.strikes + 1
-        if self.strikes < self.job.health.health_patience:
+        if self.strikes < self.config.health.health_patience:
             return True
         self.logger.log(self.step, metrics)
         if self.controls["rollbacks"]:
@@ -411,7 +421,7 @@ class _Loop:
         self.state = state
         self.controls = {"lr_scale": 1.0, "rollbacks": 0, **self.job.controls} | (saved or {}).get("controls", {})
         self.controls["rollbacks"] += 1
-        self.controls["lr_scale"] *= self.job.health.rollback_lr_factor
+        self.controls["lr_scale"] *= self.config.health.rollback_lr_factor
         self.train_step = self._make_step()
         self.strikes = 0
         self.logger.print(
@@ -426,8 +436,8 @@ class _Loop:
         prompts = self.job.valid_prompts
         if prompts is None:
             return
-        indices = range(min(len(prompts), self.job.rollout.eval_prompts))
-        rollout = self._sample(indices, prompts, 0.0, (self.job.run.seed,))
+        indices = range(min(len(prompts), self.config.rollout.eval_prompts))
+        rollout = self._sample(indices, prompts, 0.0, (self.config.run.seed,))
         scored = self._score(rollout, indices, prompts)
         values = {f"valid_{name}": value for name, value in _rewards(scored, rollout).items()}
         self.valid_reward = (self.step, values["valid_reward"])

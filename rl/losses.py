@@ -135,7 +135,7 @@ def policy_loss(
         is_clipped = (ratio < low) | (ratio > high)
 
     tokens = mask.sum()
-    surrogate, weight = _aggregate(objective.aggregation, per_token, mask, max_new_tokens)
+    surrogate, weight = aggregate(objective.aggregation, per_token, mask, max_new_tokens)
     token_means = {
         "ratio": ratio,
         "clip_fraction": is_clipped.astype(jnp.float32),
@@ -154,11 +154,11 @@ def policy_loss(
         if ref_logprobs is None:
             raise ValueError("a KL term in the loss needs ref_logprobs")
         kl = kl_estimate(logprobs, ref_logprobs, objective.kl_estimator)
-        loss += objective.kl_coef * _aggregate(objective.aggregation, kl, mask, max_new_tokens)[0]
+        loss += objective.kl_coef * aggregate(objective.aggregation, kl, mask, max_new_tokens)[0]
     if objective.entropy_coef:
         if entropy is None:
             raise ValueError("an entropy term needs entropy")
-        loss -= objective.entropy_coef * _aggregate(objective.aggregation, entropy, mask, max_new_tokens)[0]
+        loss -= objective.entropy_coef * aggregate(objective.aggregation, entropy, mask, max_new_tokens)[0]
     return loss, (weight, metrics)
 
 
@@ -173,7 +173,7 @@ def _ratio(kind: Ratio, log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
-def _aggregate(
+def aggregate(
     kind: Aggregation, per_token: jax.Array, mask: jax.Array, max_new_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
     """Sum and weight of a term `[B, T]`."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from minillm_jax.config import ComputeConfig, ConfigError, ModelConfig, RunConfig
 from minillm_jax.losses import Batch, Metrics, token_logprobs_and_entropy
-from minillm_jax.model import ModelOutput, Params, forward_hidden
+from minillm_jax.model import ModelOutput, Params, forward_hidden, param_axes
+from minillm_jax.pretrained import load_params
+from minillm_jax.sharding import tree_shardings
 from rl.losses import Objective, aggregate, policy_loss
 
 
@@ -89,6 +95,24 @@ def with_loss(
     return loss, (weight, {"loss": (loss, weight), **metrics})
 
 
+def reference_policy(
+    model_path: str, config: ModelConfig, kl_coef: float
+) -> Callable[[Mesh, Params | None], Params | None]:
+    """Make the function that loads the reference onto a mesh: the model that training starts from.
+
+    It returns an adapter's base as it is, which is held once; and nothing when the divergence from it costs nothing.
+    """
+
+    def load(mesh: Mesh, base: Params | None) -> Params | None:
+        if not kl_coef:
+            return None
+        if base is not None:
+            return base
+        return load_params(model_path, dtype=jnp.float32, shardings=tree_shardings(mesh, param_axes(config)))[1]
+
+    return load
+
+
 def require_model(run: RunConfig) -> str:
     """Return `--model_path`, without which there is nothing to reinforce.
 
@@ -98,5 +122,3 @@ def require_model(run: RunConfig) -> str:
     if run.model_path is None:
         raise ConfigError("--model_path is needed: reinforcement starts from a model that can already answer a little")
     return run.model_path
-
-
