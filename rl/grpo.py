@@ -3,9 +3,9 @@
     python -m rl.grpo --data_path prompts.jsonl --model_path out/sft --out_dir out/grpo --reward exact
     python -m rl.grpo --data_path prompts.jsonl --model_path out/sft --out_dir out/dapo --algorithm dapo --lora_rank 8
 
-Rows are `{"prompt"}` or `{"conversations"}`, with an `"answer"` for rewards that verify. A completion's advantage is how
-much better its reward is than those of the same prompt; `--algorithm` names a published set of choices (baseline, ratio,
-clipping, aggregation, KL), and each choice has a flag of its own.
+Rows are `{"prompt"}` or `{"conversations"}`, with an `"answer"` for rewards that verify. A completion's advantage is
+how much better its reward is than those of the same prompt; `--algorithm` names a published set of choices (baseline,
+ratio, clipping, aggregation, KL), and each choice has a flag of its own.
 """
 
 from __future__ import annotations

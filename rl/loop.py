@@ -398,7 +398,7 @@ class _Loop:
     # --- between rollouts ---------------------------------------------------------------------------------------------
 
     def _healthy(self, metrics: Mapping[str, float]) -> bool:
-        """Look at the bounds; goes back to the last healthy checkpoint when one is broken, and stops the second time."""
+        """Look at the bounds; go back to the last healthy checkpoint when one is broken, and stop the second time."""
         self.idle = self.idle + 1 if metrics.get("reward_std") == 0.0 else 0
         if self.idle == NOTHING_TO_LEARN:
             self.logger.print(
