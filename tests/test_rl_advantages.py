@@ -125,10 +125,10 @@ REWARDS = np.asarray([[0, 0, 1, 1], [0.1, 0.1, 0.1, 0.1], [1, 2, 3, 6]], np.floa
 
 
 def test_group_baselines_by_hand():
-    d = 3**-0.5 + 1e-4  # unbiased deviation of 0 0 1 1
+    d, e = 3**-0.5 + 1e-4, (14 / 3) ** 0.5 + 1e-4  # unbiased deviations of 0 0 1 1 and 1 2 3 6
     expected = {
         "mean": [[-0.5, -0.5, 0.5, 0.5], [0] * 4, [-2, -1, 0, 3]],
-        "group": [[-0.5 / d, -0.5 / d, 0.5 / d, 0.5 / d], [0] * 4, np.asarray([-2, -1, 0, 3]) / ((14 / 3) ** 0.5 + 1e-4)],
+        "group": [[-0.5 / d, -0.5 / d, 0.5 / d, 0.5 / d], [0] * 4, [-2 / e, -1 / e, 0, 3 / e]],
         "leave_one_out": [[-2 / 3, -2 / 3, 2 / 3, 2 / 3], [0] * 4, [1 - 11 / 3, 2 - 10 / 3, 0, 4]],
         "batch": (REWARDS - REWARDS.mean()) / REWARDS.std(ddof=1),
         "group_batch": np.asarray([[-0.5, -0.5, 0.5, 0.5], [0] * 4, [-2, -1, 0, 3]]) / (15 / 11) ** 0.5,
