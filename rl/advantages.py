@@ -163,8 +163,13 @@ def batch_whitened(rewards: jax.Array) -> jax.Array:
 
 
 def group_centered_batch_whitened(rewards: jax.Array) -> jax.Array:
-    """REINFORCE++-baseline (arXiv:2501.03262): the group's mean is subtracted, then all of the batch is whitened."""
-    return batch_whitened(group_centered(rewards))
+    """REINFORCE++-baseline (arXiv:2501.03262): the group's mean is subtracted, then the batch's deviation divides.
+
+    What is left after the group's means has a mean of 0, which is not subtracted again: groups of equal rewards stay at
+    exactly 0.
+    """
+    centered = group_centered(rewards)
+    return centered * jax.lax.rsqrt((centered**2).sum() / max(rewards.size - 1, 1) + 1e-8)
 
 
 def no_baseline(rewards: jax.Array) -> jax.Array:

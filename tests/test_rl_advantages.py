@@ -135,6 +135,8 @@ def test_group_baselines_by_hand():
         "none": REWARDS,
     }  # fmt: skip
     assert set(expected) == set(BASELINES)
+    for name in ("mean", "group", "leave_one_out", "group_batch"):
+        assert not np.any(BASELINES[name](REWARDS)[1]), name
     for name, advantages in expected.items():
         np.testing.assert_allclose(BASELINES[name](REWARDS), np.asarray(advantages), rtol=1e-5, atol=1e-6, err_msg=name)
 
