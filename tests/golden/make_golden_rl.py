@@ -250,7 +250,7 @@ def plain(value):
 
 
 def main():
-    raw = {"far": made_up(0.3, 1), "near": made_up(3e-3, 2)}
+    raw = {"far": made_up(0.3, 1), "near": made_up(3e-3, 4)}
     # Rounded to what the file holds, then taken in double precision.
     data = {
         name: {k: torch.tensor(plain(v.astype(np.float32)), dtype=torch.float64) if k != "mask" else v.tolist()
