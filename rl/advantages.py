@@ -22,9 +22,10 @@ import numpy as np
 def gae(
     rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float, lam: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimation (arXiv:1506.02438, eq. 16): Â_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γV_{t+1} - V_t.
+    """Generalised advantage estimation (arXiv:1506.02438, eq. 16).
 
-    The state after a completion's last token is terminal: its value is 0.
+    Â_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γV_{t+1} - V_t. The state after a completion's last token is terminal: its
+    value is 0.
 
     Args:
         rewards: `[B, T]` r_t, for the token at t.
@@ -135,7 +136,7 @@ def group_centered(rewards: jax.Array) -> jax.Array:
 
 
 def group_normalized(rewards: jax.Array) -> jax.Array:
-    """GRPO (arXiv:2402.03300, sec. 4.1.2): (r_i - mean(r)) / (std(r) + 1e-4), of the prompt's group.
+    """GRPO (arXiv:2402.03300): (r_i - mean(r)) / (std(r) + 1e-4), of the prompt's group.
 
     The standard deviation is the unbiased one, as in most implementations. Groups of equal rewards, such as those of
     one completion, give exactly 0.
@@ -146,7 +147,7 @@ def group_normalized(rewards: jax.Array) -> jax.Array:
 
 
 def leave_one_out(rewards: jax.Array) -> jax.Array:
-    """RLOO (arXiv:2402.14740, eq. 8): r_i minus the mean reward of the prompt's other completions.
+    """RLOO (arXiv:2402.14740): r_i minus the mean reward of the prompt's other completions.
 
     A completion without others has no baseline: its advantage is the reward itself, plain REINFORCE.
     """
@@ -162,8 +163,13 @@ def batch_whitened(rewards: jax.Array) -> jax.Array:
 
 
 def group_centered_batch_whitened(rewards: jax.Array) -> jax.Array:
-    """REINFORCE++-baseline (arXiv:2501.03262): the group's mean is subtracted, then all of the batch is whitened."""
-    return batch_whitened(group_centered(rewards))
+    """REINFORCE++-baseline (arXiv:2501.03262): the group's mean is subtracted, then the batch's deviation divides.
+
+    What is left after the group's means has a mean of 0, which is not subtracted again: groups of equal rewards stay at
+    exactly 0.
+    """
+    centered = group_centered(rewards)
+    return centered * jax.lax.rsqrt((centered**2).sum() / max(rewards.size - 1, 1) + 1e-8)
 
 
 def no_baseline(rewards: jax.Array) -> jax.Array:
@@ -200,7 +206,7 @@ def single_stream(rewards: jax.Array, values: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class BetaTracker:
-    """SPO's memory of how often each prompt succeeds (arXiv:2509.13232, sec. 3): a Beta(α, β) for each, on the host."""
+    """SPO's memory of how often each prompt succeeds (arXiv:2509.13232): a Beta(α, β) for each, on the host."""
 
     alpha: np.ndarray
     """`[N]` float64 successes that are remembered, by prompt."""

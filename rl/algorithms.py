@@ -41,11 +41,11 @@ PRESETS: dict[str, Objective] = {
     "rloo": replace(
         GRPO, baseline="leave_one_out", ratio="trajectory", kl_coef=0.05, kl_estimator="k1", kl_in="reward"
     ),
-    # arXiv:2501.03262: PPO without a critic, k1 per token in the reward.
+    # arXiv:2501.03262: PPO without a critic, k1 per token in the reward. β is that of RLinf's recipe.
     "reinforce_pp": replace(
-        GRPO, baseline="batch", aggregation="token", kl_coef=0.01, kl_estimator="k1", kl_in="reward"
+        GRPO, baseline="batch", aggregation="token", kl_coef=0.001, kl_estimator="k1", kl_in="reward"
     ),
-    # The paper's second variant, for reasoning: group mean, then the batch's deviation, and k2 in the loss.
+    # The same paper's variant for reasoning: group mean, then the batch's deviation, and k2 in the loss.
     "reinforce_pp_baseline": replace(
         GRPO, baseline="group_batch", aggregation="token", kl_coef=0.001, kl_estimator="k2"
     ),

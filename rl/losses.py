@@ -1,8 +1,8 @@
-"""Losses of reinforcement learning: one clipped policy loss whose choices make GRPO, GSPO, RLOO and others; PPO's value
-loss; and the Bradley-Terry loss of reward models.
+"""Losses of reinforcement learning: of policies, of PPO's critics, and of reward models.
 
-Arrays are `[B, T]`: B completions, T tokens, and a mask of 1 on the tokens of each completion. What stands outside the
-mask is never read and gets no gradient. Sums and weights stay apart, so that micro-batches add up to the whole batch.
+One policy loss serves GRPO, GSPO, RLOO and others, which differ in the choices of an `Objective`. Arrays are `[B, T]`:
+B completions, T tokens, and a mask that is nonzero on the tokens of each completion. What stands outside the mask is
+never read and gets no gradient. Sums and weights stay apart, so that micro-batches add up to the whole batch.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def policy_loss(
     """Loss of a policy on completions that an older policy sampled: surrogate, KL and entropy terms.
 
     With r the ratio, ppo is -min(r Â, clip(r) Â) (arXiv:1707.06347, eq. 7) and cispo -sg[clip(r)] Â log π
-    (arXiv:2506.13585, eq. 4). Each term is aggregated alike: `token` is Σ over tokens by their number (DAPO,
+    (arXiv:2506.13585). Each term is aggregated alike: `token` is Σ over tokens by their number (DAPO,
     arXiv:2503.14476), `sequence` the mean of completions' means (GRPO, arXiv:2402.03300), `constant` Σ over tokens by
     completions times max_new_tokens (Dr. GRPO, arXiv:2503.20783). Rows that are masked out altogether do not count.
 
@@ -108,7 +108,7 @@ def policy_loss(
         logprobs: `[B, T]` log π of the tokens.
         old_logprobs: `[B, T]` those of the policy that sampled them.
         advantages: `[B, T]` Â.
-        mask: `[B, T]` 1 on the tokens of completions, else 0.
+        mask: `[B, T]` nonzero on the tokens of completions.
         ref_logprobs: `[B, T]` those of the reference; needed for a KL term in the loss.
         entropy: `[B, T]` of the policy's distribution at each token, in nats; needed for an entropy term.
         max_new_tokens: the longest that a completion may be.
@@ -123,6 +123,7 @@ def policy_loss(
         ValueError: the objective needs `ref_logprobs` or `entropy`, which is missing.
     """
     inside = mask > 0
+    mask = inside.astype(jnp.float32)
     logprobs, old_logprobs, advantages = (jnp.where(inside, x, 0.0) for x in (logprobs, old_logprobs, advantages))
     ratio = _ratio(objective.ratio, logprobs - old_logprobs, mask)
     low, high = 1.0 - objective.clip_low, 1.0 + objective.clip_high
@@ -163,9 +164,9 @@ def policy_loss(
 
 
 def _ratio(kind: Ratio, log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
-    """π/π_old `[B, T]` from its logarithm for each token, 0 outside the mask."""
+    """π/π_old `[B, T]` from its logarithm for each token, which is 0 outside the mask."""
     if kind == "sequence":
-        # GSPO-token (arXiv:2507.18071, eq. 14): the value is the completion's, the gradient each token's own.
+        # GSPO-token (arXiv:2507.18071): the value is the completion's, the gradient each token's own.
         mean = log_ratio.sum(1, keepdims=True) / jnp.maximum(mask.sum(1, keepdims=True), 1.0)
         log_ratio = jax.lax.stop_gradient(mean - log_ratio) + log_ratio
     elif kind == "trajectory":
@@ -201,7 +202,7 @@ def value_loss(
         values: `[B, T]` V.
         old_values: `[B, T]` those at the time of sampling.
         returns: `[B, T]` R.
-        mask: `[B, T]` 1 on the tokens of completions, else 0.
+        mask: `[B, T]` nonzero on the tokens of completions.
         clip_range: None is the plain squared error.
 
     Returns:
@@ -209,6 +210,7 @@ def value_loss(
         tokens whose clipped error is the larger one.
     """
     inside = mask > 0
+    mask = inside.astype(jnp.float32)
     values, old_values, returns = (jnp.where(inside, x, 0.0) for x in (values, old_values, returns))
     error = clipped_error = (values - returns) ** 2
     if clip_range is not None:
