@@ -67,7 +67,7 @@ def open_teacher(path: str, student: ModelConfig, tokenizer: Tokenizer, max_seq_
             f"needs the same one: give a new student the teacher's tokenizer and --vocab_size {config.vocab_size}"
         )
     theirs = load_tokenizer(path)
-    if not isinstance(theirs, MissingTokenizer) and (difference := _first_difference(tokenizer, theirs)):
+    if not isinstance(theirs, MissingTokenizer) and (difference := vocabulary_difference(tokenizer, theirs)):
         raise ConfigError(
             f"{path} has another vocabulary than the student: {difference}; train both with the same tokenizer"
         )
@@ -78,7 +78,8 @@ def open_teacher(path: str, student: ModelConfig, tokenizer: Tokenizer, max_seq_
     return Teacher(path, config)
 
 
-def _first_difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
+def vocabulary_difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
+    """Say how another model's vocabulary ("there") differs from ours, at the first id that does; None if none does."""
     for i in range(max(ours.vocab_size, theirs.vocab_size)):
         a, b = ours.id_to_token(i), theirs.id_to_token(i)
         if a != b:
