@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minillm_jax.config import ConfigError, RunConfig
-from minillm_jax.data import PromptRows, load_prompts
-from minillm_jax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -97,24 +95,3 @@ def check_batch(prompts: int, completions: int, rollout: RolloutConfig, accumula
             f"use a multiple of {step} for --batch_size"
         )
     return rows // (rollout.minibatches * accumulation_steps)
-
-
-def load_stage_prompts(
-    data: PromptConfig, rollout: RolloutConfig, tokenizer: Tokenizer, seed: int
-) -> tuple[PromptRows, PromptRows | None]:
-    """Render the prompts that a stage's configuration names, for learning and for evaluation; see `load_prompts`."""
-    room = data.max_seq_len - rollout.max_new_tokens
-    if room < 1:
-        raise ConfigError(
-            f"--max_seq_len {data.max_seq_len} leaves no room for a prompt before --max_new_tokens "
-            f"{rollout.max_new_tokens}"
-        )
-    return load_prompts(
-        data.data_path,
-        tokenizer,
-        room,
-        on_bad_row=data.on_bad_row,
-        seed=seed,
-        valid_fraction=data.valid_fraction,
-        valid_path=data.valid_path,
-    )

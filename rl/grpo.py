@@ -27,12 +27,13 @@ from minillm_jax.pretrained import read_model_config
 from minillm_jax.run import open_run, what_to_train
 from rl.advantages import BASELINES, BetaTracker, kl_shaped_rewards, returns_to_go, single_stream, whiten
 from rl.algorithms import AlgorithmConfig
-from rl.config import PromptConfig, RLRunConfig, RolloutConfig, load_stage_prompts
+from rl.config import PromptConfig, RLRunConfig, RolloutConfig
 from rl.health import HealthConfig
 from rl.loop import Controls, Experience, RLJob, Weighed, run_rl
 from rl.losses import Objective, kl_estimate
 from rl.policy import policy_terms, read_tokens, reference_policy, require_model, with_loss
-from rl.rewards import RewardConfig, make_rewards
+from rl.rewards import RewardConfig
+from rl.task import load_task
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,13 @@ def weigh(objective: Objective, experience: Experience, measured: dict[str, np.n
         log_ratio = (measured["logprobs"] - measured["ref_logprobs"]) * mask
         metrics["completion_kl"] = float(log_ratio.sum(-1).mean())
         if objective.kl_in == "reward":
-            kl = kl_estimate(measured["logprobs"], measured["ref_logprobs"], objective.kl_estimator)
+            policy, reference = jnp.asarray(measured["logprobs"]), jnp.asarray(measured["ref_logprobs"])
+            kl = kl_estimate(policy, reference, objective.kl_estimator)
             penalty = objective.kl_coef * np.asarray(kl) * mask
     if objective.baseline == "batch":
-        per_token = kl_shaped_rewards(experience.scored.total, penalty, mask, 1.0)
-        advantages = whiten(returns_to_go(per_token, mask), mask)
+        inside = jnp.asarray(mask)
+        per_token = kl_shaped_rewards(jnp.asarray(rewards.reshape(-1)), jnp.asarray(penalty), inside, 1.0)
+        advantages = whiten(returns_to_go(per_token, inside), inside)
     else:
         totals = jnp.asarray(rewards - penalty.sum(-1).reshape(rewards.shape))
         if objective.baseline == "spo":
@@ -110,7 +113,7 @@ def track(
     How far it moved since a prompt was last seen is the sum of what the updates since then moved it on average.
     """
     mask = experience.mask
-    moved = float((kl_estimate(after["logprobs"], before["logprobs"], "k3") * mask).sum() / mask.sum())
+    moved = float((np.abs(after["logprobs"] - before["logprobs"]) * mask).sum() / mask.sum())
     total = controls["moved"] + moved
     seen = np.asarray(controls["seen"])
     tracker = BetaTracker.from_json(controls["tracker"])
@@ -141,8 +144,7 @@ def main() -> int:
         setup_jax()
         run = open_run(config)
         objective, temperature = config.algorithm.objective(), config.rollout.temperature
-        prompts, valid_prompts = load_stage_prompts(config.data, config.rollout, run.tokenizer, config.run.seed)
-        reward = make_rewards(config.reward, run.tokenizer)
+        task = load_task(config, run)
         trained = what_to_train(config, run)
 
         def measure(params: Params, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
@@ -164,12 +166,10 @@ def main() -> int:
                 weigh=partial(weigh, objective),
                 loss_fn=trained.loss(grpo_loss(config, run.model)),
                 make_frozen=trained.make_frozen(reference_policy(model_path, run.model, objective.kl_coef)),
-                reward=reward,
-                prompts=prompts,
-                valid_prompts=valid_prompts,
+                task=task,
                 group_size=config.group.num_generations,
                 dynamic_sampling=objective.dynamic_sampling,
-                controls=new_tracker(len(prompts)) if spo else {},
+                controls=new_tracker(len(task.prompts)) if spo else {},
                 moved=track if spo else None,
             )
         )

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,12 +23,13 @@ from jax.sharding import Mesh
 
 from minillm_jax.checkpoint import Checkpointer
 from minillm_jax.config import OptimConfig, to_json
-from minillm_jax.data import Batch, PromptRows, make_iterator
-from minillm_jax.losses import LossFn
+from minillm_jax.data import Batch as HostBatch
+from minillm_jax.data import PromptRows, make_iterator
+from minillm_jax.losses import Batch, LossFn
 from minillm_jax.metrics import MetricsLogger, plot_curves
 from minillm_jax.model import Params
 from minillm_jax.optim import make_optimizer, make_schedule
-from minillm_jax.run import ModelStageConfig, Run, Trained
+from minillm_jax.run import Run, Trained
 from minillm_jax.sharding import data_parallelism, make_mesh
 from minillm_jax.trainer import (
     StopRequest,
@@ -40,10 +41,11 @@ from minillm_jax.trainer import (
     put_batch,
     stop_on_signal,
 )
-from rl.config import PromptConfig, RLRunConfig, RolloutConfig, check_batch
-from rl.health import HealthConfig, broken_bound
-from rl.rewards import RewardFn, Sample, Scored
+from rl.config import check_batch
+from rl.health import broken_bound
+from rl.rewards import Sample, Scored
 from rl.rollout import Rollout, read_rollout, rollout_file, sample_rollout, to_batch, write_rollout
+from rl.task import RLConfig, Task
 
 ROLLOUTS = "rollouts"
 MAX_ROUNDS = 4
@@ -68,7 +70,7 @@ class Experience:
     """
 
     rollout: Rollout
-    batch: Batch
+    batch: HostBatch
     sampler_logprobs: np.ndarray
     scored: Scored
     indices: np.ndarray
@@ -76,8 +78,10 @@ class Experience:
 
     @property
     def rewards(self) -> np.ndarray:
-        """Total rewards `[P, G]`."""
-        return self.scored.total.reshape(-1, self.group_size)
+        """Total rewards `[P, G]`; one that failed counts as the mean of its group, where there is any other."""
+        total, ok = (array.reshape(-1, self.group_size) for array in (self.scored.total, self.scored.ok))
+        mean = (total * ok).sum(-1, keepdims=True) / np.maximum(ok.sum(-1, keepdims=True), 1)
+        return np.where(ok, total, mean).astype(np.float32)
 
     @property
     def mask(self) -> np.ndarray:
@@ -88,19 +92,6 @@ class Experience:
 
 Weighed = tuple[dict[str, np.ndarray], dict[str, float], Controls]
 """Arrays `[B, T]` for the loss, metrics of the rollout, and the controls of the next one."""
-
-
-class RLConfig(ModelStageConfig, Protocol):
-    """What the configuration of a stage of reinforcement learning holds."""
-
-    @property
-    def run(self) -> RLRunConfig: ...  # noqa: D102
-    @property
-    def data(self) -> PromptConfig: ...  # noqa: D102
-    @property
-    def rollout(self) -> RolloutConfig: ...  # noqa: D102
-    @property
-    def health(self) -> HealthConfig: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -117,9 +108,7 @@ class RLJob:
         weigh: turns rewards and measurements into what the loss reads; `(experience, measured, controls)`.
         loss_fn: the loss, see `losses.LossFn`, on what `weigh` returns; its metrics hold `approx_kl`.
         make_frozen: makes what is not trained, on the mesh; or None.
-        reward: scores completions.
-        prompts: to learn from.
-        valid_prompts: held-out ones, or None.
+        task: prompts and rewards.
         group_size: completions G per prompt.
         dynamic_sampling: replace groups whose rewards are all equal by others.
         controls: of the first rollout.
@@ -135,9 +124,7 @@ class RLJob:
     weigh: Callable[[Experience, dict[str, np.ndarray], Controls], Weighed]
     loss_fn: LossFn
     make_frozen: Callable[[Mesh], Any] | None
-    reward: RewardFn
-    prompts: PromptRows
-    valid_prompts: PromptRows | None
+    task: Task
     group_size: int = 1
     dynamic_sampling: bool = False
     controls: Controls = field(default_factory=dict)
@@ -149,7 +136,7 @@ class RLJob:
         run, rollout = self.config.run, self.config.rollout
         if run.steps is not None:
             return run.steps
-        rollouts = math.ceil(run.epochs * len(self.prompts) / self.config.data.batch_size)
+        rollouts = math.ceil(run.epochs * len(self.task.prompts) / self.config.data.batch_size)
         return max(1, rollouts) * rollout.update_epochs * rollout.minibatches
 
 
@@ -195,7 +182,7 @@ class _Loop:
             run.accumulation_steps,
             data_parallelism(mesh),
         )
-        self.iterator = make_iterator(job.prompts, self.prompts_per_rollout, run.seed)
+        self.iterator = make_iterator(job.task.prompts, self.prompts_per_rollout, run.seed)
         self.controls: Controls = {"lr_scale": 1.0, "rollbacks": 0, **job.controls}
         self.state, self.shardings, saved = self._open_state()
         if saved is not None:
@@ -283,7 +270,7 @@ class _Loop:
         metrics |= updates
         done = time.perf_counter()
         metrics["rollout_tokens_per_second"] = experience.rollout.tokens / (rolled_out - clock)
-        metrics["tokens_per_second"] = float((experience.batch["segment_ids"] > 0).sum()) / (done - rolled_out)
+        metrics["tokens_per_second"] = float(np.count_nonzero(experience.batch["segment_ids"])) / (done - rolled_out)
         metrics["rollout_seconds"], metrics["update_seconds"] = rolled_out - clock, done - rolled_out
         return metrics
 
@@ -292,16 +279,16 @@ class _Loop:
         job, step = self.job, self.step
         if self.config.rollout.replay is not None:
             next(self.iterator)
-            rollout, indices = read_rollout(rollout_file(Path(self.config.rollout.replay), step))
-            return self._experience(rollout, np.asarray(indices), self._score(rollout, indices, job.prompts))
+            rollout, answered = read_rollout(rollout_file(Path(self.config.rollout.replay), step))
+            return self._experience(rollout, np.asarray(answered), self._score(rollout, answered, job.task.prompts))
         rounds: list[tuple[Rollout, np.ndarray, Scored]] = []
         useful = 0
         while useful < self.prompts_per_rollout and len(rounds) < MAX_ROUNDS:
             indices = np.repeat(np.asarray(next(self.iterator)["index"]), job.group_size)
             rollout = self._sample(
-                indices, job.prompts, self.config.rollout.temperature, (self.config.run.seed, step, len(rounds))
+                indices, job.task.prompts, self.config.rollout.temperature, (self.config.run.seed, step, len(rounds))
             )
-            scored = self._score(rollout, indices, job.prompts)
+            scored = self._score(rollout, indices, job.task.prompts)
             rounds.append((rollout, indices, scored))
             if not job.dynamic_sampling:
                 break
@@ -323,7 +310,7 @@ class _Loop:
                 "prompt": [decode(ids) for ids in rollout.prompts],
                 "completion": [decode(ids) for ids in rollout.completions],
                 "reward": scored.total.tolist(),
-                **{f"reward_{name}": values.tolist() for name, values in scored.components.items()},
+                **{f"reward/{name}": values.tolist() for name, values in scored.components.items()},
             }
             write_rollout(rollout_file(self.folder / ROLLOUTS, self.step), rollout, indices.tolist(), columns)
         return Experience(rollout, batch, logprobs, scored, indices, self.job.group_size)
@@ -359,9 +346,9 @@ class _Loop:
                 rollout.prompts, rollout.completions, rollout.finished, indices, strict=True
             )
         ]
-        return self.job.reward(samples)
+        return self.job.task.reward(samples)
 
-    def _measured(self, batch: Batch) -> dict[str, np.ndarray]:
+    def _measured(self, batch: HostBatch) -> dict[str, np.ndarray]:
         """Measure a rollout in pieces of a micro-batch."""
         params, size = self.state["params"], self.micro_rows
         pieces = []
@@ -370,7 +357,7 @@ class _Loop:
             pieces.append(jax.device_get(self.measure(params, self.frozen, put_batch(piece, self.mesh))))
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
-    def _update(self, batch: Batch) -> dict[str, float]:
+    def _update(self, batch: HostBatch) -> dict[str, float]:
         """Learn from a rollout in minibatches; returns the means of what the steps measured."""
         rollout, rows = self.config.rollout, len(batch["tokens"])
         random = np.random.default_rng((self.config.run.seed, self.step))
@@ -433,7 +420,7 @@ class _Loop:
 
     def _evaluate(self) -> None:
         """Answer held-out prompts greedily."""
-        prompts = self.job.valid_prompts
+        prompts = self.job.task.valid_prompts
         if prompts is None:
             return
         indices = range(min(len(prompts), self.config.rollout.eval_prompts))
@@ -479,8 +466,7 @@ def _best_groups(
 def _rewards(scored: Scored, rollout: Rollout) -> dict[str, float]:
     """Means of the rewards and of the completions' form."""
     return {
-        "reward": float(scored.total.mean()),
-        **{f"reward_{name}": float(values.mean()) for name, values in scored.components.items()},
+        **scored.metrics(),
         "completion_length": rollout.tokens / len(rollout.completions),
         "eos_rate": float(rollout.finished.mean()),
     }
@@ -491,9 +477,8 @@ def _describe(experience: Experience, measured: dict[str, np.ndarray]) -> dict[s
     gap = np.abs(measured["logprobs"] - experience.sampler_logprobs) * experience.mask
     return {
         **_rewards(experience.scored, experience.rollout),
-        "reward_std": float(experience.scored.total.std()),
+        "reward_std": float(experience.rewards.std()),
         "zero_variance": float(1.0 - _differing(experience.rewards).mean()),
-        "bad_rewards": float((~experience.scored.ok).sum()),
         "logprob_gap": float(gap.max()),
     }
 

@@ -82,7 +82,7 @@ def policy_terms(
         max_new_tokens=max_new_tokens,
     )
     if output.router_loss is not None:
-        router_loss, router_weight = aggregate(output.router_loss, mask, objective.aggregation, max_new_tokens)
+        router_loss, router_weight = aggregate(objective.aggregation, output.router_loss, mask, max_new_tokens)
         loss, metrics = loss + router_loss, metrics | {"router_loss": (router_loss, router_weight)}
     return loss, (weight, metrics)
 

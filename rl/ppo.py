@@ -32,17 +32,18 @@ from minillm_jax.config import (
 )
 from minillm_jax.losses import Batch, LossFn, Metrics
 from minillm_jax.matmul import matmul
-from minillm_jax.model import Params, forward_hidden
+from minillm_jax.model import ModelOutput, Params, forward_hidden
 from minillm_jax.pretrained import load_params, read_model_config
 from minillm_jax.reward import is_reward_model, reward_axes, reward_shapes, scored
 from minillm_jax.run import Trained, open_run, what_to_train
 from rl.advantages import explained_variance, gae, kl_shaped_rewards, whiten
-from rl.config import PromptConfig, RLRunConfig, RolloutConfig, load_stage_prompts
+from rl.config import PromptConfig, RLRunConfig, RolloutConfig
 from rl.health import HealthConfig
 from rl.loop import Controls, Experience, RLJob, Weighed, run_rl
 from rl.losses import KlEstimator, Objective, kl_estimate, value_loss
 from rl.policy import policy_terms, read_tokens, reference_policy, require_model, with_loss
-from rl.rewards import RewardConfig, make_rewards
+from rl.rewards import RewardConfig
+from rl.task import load_task
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class ActorCritic:
 
     def read(
         self, params: Params, frozen: Any, batch: Batch, key: jax.Array | None = None
-    ) -> tuple[tuple[Any, ...], jax.Array]:
+    ) -> tuple[tuple[jax.Array, jax.Array, ModelOutput], jax.Array]:
         """Return what `read_tokens` says of the policy, and the critic's values `[B, T]` of the states before them."""
         read = read_tokens(self.policy(params, frozen), self.model, self.compute, batch, self.temperature, key)
         if self.shared_trunk:
@@ -204,7 +205,7 @@ def with_critic(config: PpoStageConfig, model: ModelConfig, trained: Trained) ->
 
 def weigh(ppo: PpoConfig, experience: Experience, measured: dict[str, np.ndarray], controls: Controls) -> Weighed:
     """Turn rewards into advantages and returns `[B, T]`, and adapt the KL coefficient for the next rollout."""
-    mask, scores = jnp.asarray(experience.mask), jnp.asarray(experience.scored.total)
+    mask, scores = jnp.asarray(experience.mask), jnp.asarray(experience.rewards.reshape(-1))
     logprobs, values = jnp.asarray(measured["logprobs"]), jnp.asarray(measured["values"])
     kl, metrics, arrays = jnp.zeros_like(mask), dict[str, float](), {"old_logprobs": measured["logprobs"]}
     if "ref_logprobs" in measured:
@@ -271,8 +272,7 @@ def main() -> int:
         model_path = require_model(config.run)
         setup_jax()
         run = open_run(config)
-        prompts, valid_prompts = load_stage_prompts(config.data, config.rollout, run.tokenizer, config.run.seed)
-        reward = make_rewards(config.reward, run.tokenizer)
+        task = load_task(config, run)
         policy = what_to_train(config, run)
         trained = with_critic(config, run.model, policy)
         parts = ActorCritic(run.model, config.compute, policy, config.ppo.shared_trunk, config.rollout.temperature)
@@ -294,9 +294,7 @@ def main() -> int:
                 weigh=partial(weigh, config.ppo),
                 loss_fn=ppo_loss(config.ppo, parts, config.rollout.max_new_tokens),
                 make_frozen=policy.make_frozen(reference_policy(model_path, run.model, config.ppo.kl_coef)),
-                reward=reward,
-                prompts=prompts,
-                valid_prompts=valid_prompts,
+                task=task,
                 controls={"kl_coef": config.ppo.kl_coef},
             )
         )

@@ -131,8 +131,8 @@ class _Read:
             if not fitting:
                 shortest = min(len(ids) for _, ids in rendered)
                 raise DataError(
-                    f"{source.path}: not one of its {len(rendered):,} prompts fits into --max_prompt_len "
-                    f"{self.max_prompt_len}; the shortest has {shortest:,} tokens"
+                    f"{source.path}: not one of its {len(rendered):,} prompts fits into the {self.max_prompt_len} "
+                    f"tokens that --max_seq_len leaves beside --max_new_tokens; the shortest has {shortest:,}"
                 )
             too_long += len(rendered) - len(fitting)
             stores.append(fitting)
@@ -141,7 +141,7 @@ class _Read:
         if too_long:
             self.report(
                 f"left out {too_long:,} prompts of more than {self.max_prompt_len:,} tokens; a larger "
-                "--max_prompt_len would keep them"
+                "--max_seq_len would keep them"
             )
         return stores
 
