@@ -49,6 +49,11 @@ MAY_CHANGE = {
             "sample_prompts", "mesh", "overwrite", "max_skipped_steps", "wandb_project", "out_dir"},
     "data": {"cache_dir", "num_proc"},
     "compute": {"dtype", "attention_impl", "remat", "unroll"},
+    "reason": {"report_rows", "report_max_new_tokens", "report_temperature", "report_batch_size"},
+    "rollout": {"eval_prompts", "save_rollouts", "rollout_batch_size"},
+    "health": {"min_reward", "min_reward_std", "max_kl", "min_entropy", "max_entropy", "min_eos_rate",
+               "max_completion_length", "max_zero_variance", "max_ratio", "max_clip_fraction",
+               "min_explained_variance", "health_patience"},
 }  # fmt: skip
 """Settings that a resumed run may change: none of them alters which rows come next or what is optimised."""
 
@@ -157,10 +162,10 @@ def _fit_vocabulary(model: ModelConfig, tokenizer: Tokenizer, model_path: str | 
 
 def _check_same_run(saved: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
     for group, values in asked.items():
-        if not isinstance(values, dict) or group not in saved:  # a group that is newer than the run
+        if not isinstance(values, dict):
             continue
         for name, value in values.items():
-            old = saved.get(group, {}).get(name)
+            old = saved.get(group, {}).get(name, value)  # a field that is newer than the run has always been so
             if old != value and name not in MAY_CHANGE.get(group, ()):
                 raise ConfigError(
                     f"{folder} holds a run with {name} = {old}, but {value} was asked for; "

@@ -54,6 +54,9 @@ class ReasonConfig:
     """Rows that were set aside and are answered for the report, at most; 0 for no report."""
     report_max_new_tokens: int = 512
     """Longest reply of the report in tokens."""
+    report_temperature: float = 0.6
+    """Temperature of those replies, 0 for greedy ones. Small models that have learnt to think in steps repeat a step
+    without end when decoded greedily; 0.6 is what DeepSeek recommends for R1 (arXiv:2501.12948)."""
     report_batch_size: int = 64
     """Rows answered together."""
 
@@ -64,6 +67,8 @@ class ReasonConfig:
         for name in ("report_max_new_tokens", "report_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.report_temperature < 0:
+            raise ConfigError(f"--report_temperature must not be negative, but is {self.report_temperature}")
         if self.report_rows < 0:
             raise ConfigError(f"--report_rows must not be negative, but is {self.report_rows}")
 
@@ -123,15 +128,16 @@ def questions(rows: TokenRows, tokenizer: Tokenizer, count: int) -> tuple[list[l
 
 def report(config: DistillReasonConfig, run: Run, rows: TokenRows) -> Metrics:
     """Let the finished model answer rows that were set aside."""
-    lm = load(run.folder)
+    lm, temperature = load(run.folder), config.reason.report_temperature
     prompts, replies = questions(rows, run.tokenizer, config.reason.report_rows)
     room = run.model.max_position_embeddings - max(map(len, prompts))
-    sampling = SamplingParams(max_new_tokens=min(config.reason.report_max_new_tokens, room), temperature=0.0)
+    sampling = SamplingParams(max_new_tokens=min(config.reason.report_max_new_tokens, room), temperature=temperature)
 
     def complete(batch: Sequence[Sequence[int]]) -> list[Completion]:
-        return generate(lm, batch, sampling, compute=config.compute)
+        return generate(lm, batch, sampling, seed=config.run.seed, compute=config.compute)
 
-    return evaluate_reasoning(prompts, replies, complete, batch_size=config.reason.report_batch_size)
+    found = evaluate_reasoning(prompts, replies, complete, batch_size=config.reason.report_batch_size)
+    return {"temperature": temperature, **found}
 
 
 def main() -> int:
