@@ -138,7 +138,7 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any, Batch], dict[str, 
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """Place a host batch `[B, T]` on the mesh, rows over the data-parallel axes."""
+    """Place a host batch `[B, ...]` on the mesh, rows over the data-parallel axes."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
