@@ -55,6 +55,8 @@ MODEL_CONFIG_FILE = "model_config.json"
 METADATA_FILE = "metadata.json"
 CRITIC = "critic"
 """What PPO keeps beside the parameters of its policy, under this name: needed to go on, and no part of the model."""
+SCORE = "params.score.kernel"
+"""Name of the array that only reward models have."""
 
 Report = Callable[[str], object]
 
@@ -317,6 +319,9 @@ def load_params(
                 tuple(shape), dtype if floating else dtype_name, sharding=placement.get(name)
             )
     if missing := sorted(asked.keys() ^ placement.keys()) if placement else []:
+        if SCORE in missing:
+            is_one, needed = ("reward", "language") if SCORE in asked else ("language", "reward")
+            raise CheckpointError(f"{folder} holds a {is_one} model, where a {needed} model is needed")
         raise CheckpointError(f"the shardings do not fit {folder}: {missing[0]} is only in one of the two")
     return _model_config(folder), _nest(_restore_arrays(folder, asked))["params"]
 

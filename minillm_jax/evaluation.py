@@ -126,6 +126,53 @@ def evaluate_pairs(records: Sequence[PairsRecord], tokenizer: Tokenizer, score: 
     }
 
 
+def preference_metrics(scores: np.ndarray, lengths: np.ndarray, *, calibration: bool) -> Metrics:
+    """Say how well scores order the answers of preference pairs.
+
+    Args:
+        scores: `[N, 2]` of chosen and rejected answers: rewards, or log-probabilities.
+        lengths: `[N, 2]` tokens of the answers.
+        calibration: take the logistic function of a difference for the probability that the order is right.
+
+    Returns:
+        `accuracy`, how often the chosen answer scores higher; `margin`, the mean difference of the scores;
+        `longer_accuracy`, the accuracy of preferring the longer answer, where equal lengths count one half; `rows`; and
+        with `calibration`, `calibration_error` and the Brier score `brier`, the mean square of (probability - 1).
+    """
+    margins = scores[:, 0].astype(np.float64) - scores[:, 1]
+    longer = 0.5 + 0.5 * np.sign(lengths[:, 0] - lengths[:, 1])
+    metrics: Metrics = {
+        "accuracy": float((margins > 0).mean()),
+        "margin": float(margins.mean()),
+        "longer_accuracy": float(longer.mean()),
+    }
+    if calibration:
+        metrics["calibration_error"] = calibration_error(margins)
+        metrics["brier"] = float(np.square(1 - _logistic(margins)).mean())
+    return {**metrics, "rows": len(margins)}
+
+
+def calibration_error(margins: np.ndarray, bins: int = 10) -> float:
+    """Compare how sure a reward model is with how often it is right: expected calibration error (arXiv:1706.04599).
+
+    Its confidence in the answer that it prefers is σ(|margin|). Pairs fall into equally wide bins of confidence between
+    1/2 and 1; what is averaged over pairs is the distance between a bin's mean confidence and its share of right ones.
+    A margin of 0 prefers neither answer and is half right.
+
+    Args:
+        margins: `[N]` rewards of chosen answers less those of rejected ones.
+        bins: how many.
+    """
+    confidence, right = _logistic(np.abs(margins)), 0.5 + 0.5 * np.sign(margins)
+    which = np.minimum((2 * bins * (confidence - 0.5)).astype(np.int64), bins - 1)
+    gaps = np.bincount(which, weights=confidence - right, minlength=bins)
+    return float(np.abs(gaps).sum() / len(margins))
+
+
+def _logistic(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(0.5 * x))  # does not overflow
+
+
 def final_answer(reply: str) -> str:
     """Take what a reply offers as its answer: inside the last `<answer>` tags, else all that follows a thought."""
     tagged = _ANSWER.findall(reply)

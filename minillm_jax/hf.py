@@ -34,7 +34,7 @@ from minillm_jax.hf_tensors import INDEX_FILE, WEIGHTS_FILE, hf_tensor_shapes, r
 from minillm_jax.lm import LanguageModel, load
 from minillm_jax.model import Params, forward
 from minillm_jax.pretrained import CONFIG_FILE, GENERATION_CONFIG_FILE, load_params, load_tokenizer, read_hf_config
-from minillm_jax.reward import reward_scores
+from minillm_jax.reward import is_reward_model, reward_scores
 from minillm_jax.run import write_run
 from minillm_jax.tokenizer import MissingTokenizer, Tokenizer
 
@@ -74,7 +74,7 @@ def export_hf(
     if name not in ("float32", "bfloat16", "float16"):
         raise HfError(f"--dtype {name}: choose float32, bfloat16 or float16")
     limit = parse_size(max_shard_size)
-    config_json = model_config_to_hf(lm.config, dtype=name, classifier=_is_reward_model(lm.params))
+    config_json = model_config_to_hf(lm.config, dtype=name, classifier=is_reward_model(lm.params))
     _refuse_used(folder, overwrite)
     partial = folder.with_name(folder.name + ".partial")
     try:
@@ -149,10 +149,6 @@ def _umask() -> int:
     return mask
 
 
-def _is_reward_model(params: Params) -> bool:
-    return "score" in params
-
-
 def _refuse_used(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -176,7 +172,7 @@ def _write_texts(folder: Path, lm: LanguageModel, config_json: dict[str, Any]) -
         ids |= {"bos_token_id": lm.tokenizer.bos_token_id, "pad_token_id": lm.tokenizer.pad_token_id}
         lm.tokenizer.save(folder)
     _write_json(folder / CONFIG_FILE, config_json | ids)
-    if not _is_reward_model(lm.params):
+    if not is_reward_model(lm.params):
         _write_json(folder / GENERATION_CONFIG_FILE, ids)
     (folder / "README.md").write_text(_model_card(lm, config_json), "utf-8")
 
@@ -186,7 +182,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _model_card(lm: LanguageModel, config_json: dict[str, Any]) -> str:
-    scored = _is_reward_model(lm.params)
+    scored = is_reward_model(lm.params)
     kind = "SequenceClassification" if scored else "CausalLM"
     c = lm.config
     experts = f", {c.num_experts} experts of which a token visits {c.num_experts_per_tok}" if c.use_moe else ""

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from minillm_jax.config import ModelConfig
 from minillm_jax.hf_config import HfError, architecture_of
 from minillm_jax.model import Params, init_params
+from minillm_jax.reward import is_reward_model, reward_shapes
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 REMAP_BYTES = 2**27
@@ -71,11 +72,9 @@ class Piece:
 
 def param_shapes(config: ModelConfig, *, scored: bool = False) -> Params:
     """Abstract float32 parameters; a reward model (`scored`) has a scalar head in place of the output head."""
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     if scored:
-        shapes = {name: leaf for name, leaf in shapes.items() if name != "lm_head"}
-        shapes["score"] = {"kernel": jax.ShapeDtypeStruct((config.hidden_size, 1), jnp.float32)}
-    return shapes
+        return reward_shapes(config)
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
 def leaf_pieces(path: str, shape: tuple[int, ...], config: ModelConfig) -> list[Piece]:
@@ -222,8 +221,9 @@ def read_params(folder: Path, config: ModelConfig, *, scored: bool, dtype: Any =
     shapes = param_shapes(config, scored=scored)
     leaves = [(path, leaf.shape, leaf_pieces(path, leaf.shape, config)) for path, leaf in _leaves(shapes)]
     _check_tensors(files, {piece.name: piece.shape for _, _, pieces in leaves for piece in pieces}, config)
-    if scored and shardings is not None and "score" not in shardings:
-        raise HfError(f"{folder}: is a reward model, where a language model is needed")
+    if shardings is not None and is_reward_model(shardings) != scored:
+        is_one, needed = ("reward", "language") if scored else ("language", "reward")
+        raise HfError(f"{folder}: is a {is_one} model, where a {needed} model is needed")
     device = SingleDeviceSharding(jax.local_devices()[0])
     placement = [device] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
     arrays = [

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from minillm_jax.config import ComputeConfig, ModelConfig
-from minillm_jax.model import Params, param_axes
-from minillm_jax.pretrained import load_params, load_tokenizer, read_model_config
+from minillm_jax.model import Params
+from minillm_jax.pretrained import axes_of, load_params, load_tokenizer
 from minillm_jax.sampler import decode_stream
 from minillm_jax.sampling import SamplingParams
 from minillm_jax.sharding import make_mesh, tree_shardings
@@ -70,7 +70,7 @@ def load(
     base, path = (None, path) if adapter is None else (path, adapter)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "stored"
-    shardings = None if mesh is None else tree_shardings(make_mesh(mesh), param_axes(read_model_config(path)))
+    shardings = None if mesh is None else tree_shardings(make_mesh(mesh), axes_of(path))
     kept = None if dtype == "stored" else jnp.dtype(dtype)
     config, params = load_params(path, base=base, dtype=kept, shardings=shardings)
     return LanguageModel(config, params, load_tokenizer(path))
@@ -175,7 +175,7 @@ def generate(
         compute: dtype and attention implementation.
 
     Raises:
-        ValueError: a prompt that is empty, too long, or outside the vocabulary.
+        ValueError: a prompt that is empty, too long, or outside the vocabulary; or `lm` is a reward model.
     """
     ids = [encode_prompt(lm.tokenizer, prompt) for prompt in prompts]
     if not ids:

@@ -426,8 +426,8 @@ def forward_hidden(
 def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Turn hidden states `[..., D]` into float32 logits `[..., V]`."""
     tied = config.tie_word_embeddings
-    if not tied and "lm_head" not in params:
-        raise ValueError("these parameters have no output head (a reward model's); see reward.reward_scores")
+    if "score" in params or not (tied or "lm_head" in params):
+        raise ValueError("these are a reward model's parameters, which have no output head; see reward.reward_scores")
     head = params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"]
     return matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
 

@@ -1,4 +1,4 @@
-"""Learning from preferences: losses on the log-probabilities of a preferred and a rejected answer.
+"""Learning from preferences: losses on the log-probabilities of a preferred and a rejected answer, or their rewards.
 
 A variant is a one-line function of the two answers' scores and a row of the table `VARIANTS`; `preference_loss` turns a
 batch of pairs into those scores with a single forward pass. Log-probabilities are sums over the tokens of an answer
@@ -21,6 +21,7 @@ from minillm_jax.config import ComputeConfig, ConfigError, ModelConfig
 from minillm_jax.data import Rows, eval_batches
 from minillm_jax.losses import Batch, LossFn, Metrics, token_logprobs
 from minillm_jax.model import ModelOutput, Params, forward_hidden
+from minillm_jax.reward import read_scores
 from minillm_jax.trainer import put_batch
 
 log_sigmoid = jax.nn.log_sigmoid
@@ -226,6 +227,40 @@ def pair_logps(
     return (logprobs * batch["weights"]).sum(-1), output
 
 
+def pair_scores(
+    params: Params, config: ModelConfig, compute: ComputeConfig, batch: Batch, key: jax.Array | None = None
+) -> tuple[jax.Array, ModelOutput]:
+    """Rewards of both answers of each pair, by one forward pass over the T + 1 tokens of each whole conversation.
+
+    Args:
+        params: of a reward model.
+        config: its shape.
+        compute: dtype, attention implementation, rematerialisation.
+        batch: `tokens targets segment_ids`, each `[B, 2, T]`; targets hold the last token, which is no input elsewhere.
+        key: turns dropout on.
+
+    Returns:
+        `[B, 2]` float32, what `reward_scores` gives for each conversation alone, arbitrary where a pair is padding; and
+        what the model returned for `[2B, T + 1]`.
+    """
+    tokens, segment_ids = whole_documents(batch)
+    pairs, _, length = tokens.shape
+    flat = segment_ids.reshape(2 * pairs, length)
+    output = forward_hidden(
+        params, config, tokens.reshape(flat.shape), segment_ids=flat, dropout_key=key, compute=compute
+    )
+    return read_scores(params, output.hidden, flat).reshape(pairs, 2), output
+
+
+def whole_documents(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Join inputs and targets `[..., T]` of one document a row to its tokens `[..., T + 1]`, with their segment ids."""
+    first = batch["segment_ids"][..., :1]
+    return (
+        jnp.concatenate([batch["tokens"][..., :1], batch["targets"]], axis=-1),
+        jnp.concatenate([first, batch["segment_ids"]], axis=-1),
+    )
+
+
 def preference_loss(config: ModelConfig, compute: ComputeConfig, settings: PreferenceConfig) -> LossFn:
     """Make the loss of a preference stage: the variant's loss, plus SFT on chosen answers, plus the router's loss.
 
@@ -261,14 +296,29 @@ def preference_loss(config: ModelConfig, compute: ComputeConfig, settings: Prefe
             per_pair["kl"] = (ref_logps - logps).mean(-1)
         if settings.coefficients().sft_weight:
             per_pair["sft_loss"] = -logps[:, 0] / lengths[:, 0]
-        if output.router_loss is not None:
-            per_pair["router_loss"] = _per_pair(output.router_loss, batch["segment_ids"])
-            loss = loss + per_pair["router_loss"]
-        keep, weight = real.astype(jnp.float32), real.sum(dtype=jnp.float32)
-        metrics: Metrics = {name: ((value * keep).sum(), weight) for name, value in per_pair.items()}
-        return (loss * keep).sum(), (weight, metrics)
+        return sum_pairs(loss, per_pair, real, output, batch["segment_ids"])
 
     return loss_fn
+
+
+def sum_pairs(
+    loss: jax.Array, per_pair: dict[str, jax.Array], real: jax.Array, output: ModelOutput, segment_ids: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    """Sum the losses of pairs, the router's included if there is one: what a `losses.LossFn` returns.
+
+    Args:
+        loss: `[B]`.
+        per_pair: further values `[B]` to log.
+        real: `[B]` bools, False for padding.
+        output: what the model returned for `[2B, T]`.
+        segment_ids: `[B, 2, T]`, of the tokens that it read.
+    """
+    if output.router_loss is not None:
+        per_pair = per_pair | {"router_loss": _per_pair(output.router_loss, segment_ids)}
+        loss = loss + per_pair["router_loss"]
+    keep, weight = real.astype(jnp.float32), real.sum(dtype=jnp.float32)
+    metrics: Metrics = {name: ((value * keep).sum(), weight) for name, value in per_pair.items()}
+    return (loss * keep).sum(), (weight, metrics)
 
 
 def _reference(frozen: Any, config: ModelConfig, compute: ComputeConfig, batch: Batch) -> jax.Array:
@@ -300,11 +350,43 @@ def reference_logps(
     Returns:
         `[N, 2]` float32, chosen before rejected.
     """
+    return _of_all_pairs(pair_logps, params, config, compute, rows, batch_size, mesh)
 
-    def logps(params: Params, batch: Batch) -> jax.Array:
-        return pair_logps(params, config, compute, batch)[0]
 
-    run = jax.jit(logps, out_shardings=NamedSharding(mesh, PartitionSpec()))
+def reward_pairs(
+    params: Params, config: ModelConfig, compute: ComputeConfig, rows: Rows, batch_size: int, mesh: Mesh
+) -> np.ndarray:
+    """Rewards of both answers of every pair.
+
+    Args:
+        params: of a reward model, on the mesh.
+        config: its shape.
+        compute: dtype and attention implementation.
+        rows: pairs.
+        batch_size: pairs per forward pass, a multiple of the mesh's data parallelism.
+        mesh: the device mesh.
+
+    Returns:
+        `[N, 2]` float32, chosen before rejected.
+    """
+    return _of_all_pairs(pair_scores, params, config, compute, rows, batch_size, mesh)
+
+
+def _of_all_pairs(
+    of_batch: Callable[..., tuple[jax.Array, ModelOutput]],
+    params: Params,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    rows: Rows,
+    batch_size: int,
+    mesh: Mesh,
+) -> np.ndarray:
+    """Ask `pair_logps` or `pair_scores` about all rows, batch by batch."""
+
+    def values(params: Params, batch: Batch) -> jax.Array:
+        return of_batch(params, config, compute, batch)[0]
+
+    run = jax.jit(values, out_shardings=NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
         found = [np.asarray(run(params, put_batch(b, mesh)))[:batch_size] for b in eval_batches(rows, batch_size)]
     return np.concatenate(found)[: len(rows)]

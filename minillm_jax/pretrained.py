@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from minillm_jax import checkpoint
@@ -21,7 +22,9 @@ from minillm_jax.config import ModelConfig, shape_difference
 from minillm_jax.hf_config import HfError, is_classifier, model_config_from_hf
 from minillm_jax.hf_tensors import read_params
 from minillm_jax.lora import merge
-from minillm_jax.model import Params
+from minillm_jax.model import Params, param_axes
+from minillm_jax.reward import is_reward_model, reward_axes, scored
+from minillm_jax.sharding import tree_shardings
 from minillm_jax.tokenizer import MissingTokenizer, Tokenizer
 
 CONFIG_FILE, GENERATION_CONFIG_FILE = "config.json", "generation_config.json"
@@ -91,6 +94,45 @@ def load_params(
     return config, read_params(Path(path), config, scored=is_classifier(values), dtype=dtype, shardings=shardings)
 
 
+def holds_reward_model(path: str | Path) -> bool:
+    """Tell whether a folder holds a reward model, by its names alone.
+
+    Raises:
+        HfError, CheckpointError: the folder holds no model.
+    """
+    values = read_hf_config(path)
+    if values is not None:
+        return is_classifier(values)
+    metadata = checkpoint.read_file(path, checkpoint.METADATA_FILE)
+    return metadata is not None and checkpoint.SCORE in json.loads(metadata)["arrays"]
+
+
+def axes_of(path: str | Path) -> Params:
+    """Name the axes of the parameters that `load_params` gives; raises like `holds_reward_model`."""
+    return (reward_axes if holds_reward_model(path) else param_axes)(read_model_config(path))
+
+
+def load_reward_params(
+    path: str | Path, *, dtype: Any = None, shardings: Any = None, report: Report = warnings.warn
+) -> tuple[ModelConfig, Params]:
+    """Load a reward model's shape and parameters, or make one of a language model by giving it a head of zeros.
+
+    A head of zeros calls all answers equal, with a loss of ln 2 and probabilities of one half: nothing random has to
+    be unlearnt, and no seed changes the result. It has a gradient at once, and the layers below from the second step.
+
+    Args, shardings being those of a reward model, and errors are those of `load_params`.
+    """
+    if holds_reward_model(path):
+        return load_params(path, dtype=dtype, shardings=shardings, report=report)
+    head, below = None, None
+    if shardings is not None:
+        head = shardings["score"]["kernel"]
+        below = tree_shardings(head.mesh, param_axes(read_model_config(path)))
+    config, params = load_params(path, dtype=dtype, shardings=below, report=report)
+    width = params["embed_tokens"]["embedding"]
+    return config, scored(params, jnp.zeros((width.shape[1], 1), width.dtype, device=head))
+
+
 def pin(path: str | Path) -> Path:
     """Name a model so that it stays what it is now: of a run, the newest good checkpoint.
 
@@ -105,7 +147,8 @@ def _load_adapted(
 ) -> tuple[ModelConfig, Params]:
     config, adapter = checkpoint.load_params(path, report=report)
     base = file.find_base(path) if base is None else base
-    base_config, params = load_params(base, dtype=dtype, shardings=shardings, report=report)
+    load_base = load_reward_params if is_reward_model(adapter) else load_params
+    base_config, params = load_base(base, dtype=dtype, shardings=shardings, report=report)
     if difference := shape_difference(config.resolved(), base_config.resolved()):
         name, ours, theirs = difference
         raise AdapterError(f"{path} adapts a model with {name} {ours}; {base} has {theirs} and cannot be its base")

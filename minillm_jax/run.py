@@ -39,7 +39,8 @@ from minillm_jax.lora import adapted_loss, adapter_axes, combine, init_adapter, 
 from minillm_jax.losses import LossFn
 from minillm_jax.metrics import plot_curves
 from minillm_jax.model import Params, init_params, param_axes
-from minillm_jax.pretrained import load_params, load_tokenizer, pin, read_hf_config
+from minillm_jax.pretrained import load_params, load_reward_params, load_tokenizer, pin, read_hf_config
+from minillm_jax.reward import reward_axes, reward_shapes
 from minillm_jax.sharding import tree_shardings
 from minillm_jax.tokenizer import Tokenizer
 from minillm_jax.trainer import Job, TransformBatch, train
@@ -56,6 +57,9 @@ MAY_CHANGE = {
                "min_explained_variance", "health_patience"},
 }  # fmt: skip
 """Settings that a resumed run may change: none of them alters which rows come next or what is optimised."""
+
+LoadParams = Callable[..., tuple[ModelConfig, Params]]
+"""`pretrained.load_params`, or `load_reward_params`, which makes a reward model of whatever it finds."""
 
 
 class ModelStageConfig(Protocol):
@@ -223,11 +227,11 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def initial_params(run: Run, config: RunConfig) -> Callable[[Any], Params]:
+def initial_params(run: Run, config: RunConfig, load: LoadParams = load_params) -> Callable[[Any], Params]:
     """Make the function that gives a job its first parameters: loaded from `model_path`, or drawn from the seed."""
     if config.model_path is not None:
         path = config.model_path
-        return lambda shardings: load_params(path, dtype=jnp.float32, shardings=shardings)[1]
+        return lambda shardings: load(path, dtype=jnp.float32, shardings=shardings)[1]
     draw = partial(init_params, run.model)
     return lambda shardings: jax.jit(draw, out_shardings=shardings)(jax.random.key(config.seed))
 
@@ -287,14 +291,17 @@ class Trained:
         return trained if self.lora is None else combine(frozen["base"], trained, self.lora)
 
 
-def what_to_train(config: ModelStageConfig, run: Run) -> Trained:
-    """Decide by `--lora_rank` what a run trains.
+def what_to_train(config: ModelStageConfig, run: Run, *, scored: bool = False) -> Trained:
+    """Decide by `--lora_rank` what a run trains: all parameters or an adapter, of a language model or a reward model.
 
-    A new run of an adapter pins its base in `adapter.json`; a resumed one takes the base that stands there.
+    A new run of an adapter pins its base in `adapter.json`; a resumed one takes the base that stands there. A reward
+    model's adapter has the whole head beside its factors, which starts as the base's.
     """
-    shapes, axes = _model_shapes(run.model), param_axes(run.model)
+    load: LoadParams = load_reward_params if scored else load_params
+    shapes = reward_shapes(run.model) if scored else _model_shapes(run.model)
+    axes = reward_axes(run.model) if scored else param_axes(run.model)
     if (lora := lora_of(config)) is None:
-        return Trained(initial_params(run, config.run), shapes, axes)
+        return Trained(initial_params(run, config.run, load), shapes, axes)
     path = run.folder / ADAPTER_FILE
     if path.exists():
         file = AdapterFile.from_json(path.read_text("utf-8"))
@@ -305,16 +312,26 @@ def what_to_train(config: ModelStageConfig, run: Run) -> Trained:
     key = jax.random.key(config.run.seed)
 
     def load_base(mesh: Mesh) -> Params:
-        return load_params(file.find_base(run.folder), dtype=jnp.float32, shardings=tree_shardings(mesh, axes))[1]
+        return load(file.find_base(run.folder), dtype=jnp.float32, shardings=tree_shardings(mesh, axes))[1]
+
+    def first(shardings: Any) -> Params:
+        factors = {name: branch for name, branch in shardings.items() if name != "score"}
+        adapter = jax.jit(draw, out_shardings=factors)(key)
+        return adapter | (_head(load_base(shardings["score"]["kernel"].mesh)) if scored else {})
 
     return Trained(
-        init_params=lambda shardings: jax.jit(draw, out_shardings=shardings)(key),
-        param_shapes=jax.eval_shape(draw, key),
-        param_axes=adapter_axes(axes, shapes, lora),
+        init_params=first,
+        param_shapes=jax.eval_shape(draw, key) | (_head(shapes) if scored else {}),
+        param_axes=adapter_axes(axes, shapes, lora) | (_head(axes) if scored else {}),
         lora=lora,
         load_base=load_base,
         files={ADAPTER_FILE: file.to_json()},
     )
+
+
+def _head(tree: Params) -> Params:
+    """Keep the head of a reward model's tree alone."""
+    return {"score": tree["score"]}
 
 
 def train_on_rows(
@@ -367,6 +384,7 @@ def run_job(
     make_frozen: Callable[[Mesh, Params | None], Any] | None = None,
     sample: Callable[[LanguageModel], list[str]] | None = None,
     transform_batch: TransformBatch | None = None,
+    scored: bool = False,
 ) -> int:
     """Train the model of a run, or an adapter on it where the configuration has a group `lora` with a rank.
 
@@ -380,11 +398,12 @@ def run_job(
             there (None when all parameters are trained): a reference model that is the base need not be loaded again.
         sample: texts to show every `sample_interval` steps.
         transform_batch: see `trainer.Job`.
+        scored: what is trained is a reward model, with a new head where `--model_path` holds a language model.
 
     Returns:
         The exit status of the stage.
     """
-    trained = what_to_train(config, run)
+    trained = what_to_train(config, run, scored=scored)
 
     def show(params: Params, frozen: Any) -> list[str]:
         return [] if sample is None else sample(LanguageModel(run.model, trained.params(params, frozen), run.tokenizer))

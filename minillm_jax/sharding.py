@@ -84,8 +84,8 @@ def tree_shardings(mesh: Mesh, axes: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of `[B, T]` batches: rows over every data-parallel axis."""
-    return NamedSharding(mesh, partition_spec(("batch", None)))
+    """Sharding of batches `[B, ...]`: rows over every data-parallel axis."""
+    return NamedSharding(mesh, partition_spec(("batch",)))
 
 
 def data_parallelism(mesh: Mesh) -> int:

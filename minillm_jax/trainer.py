@@ -177,7 +177,7 @@ def open_state(
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """Place a host batch `[B, T]` on the mesh, rows over the data-parallel axes."""
+    """Place a host batch `[B, ...]` on the mesh, rows over the data-parallel axes."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 

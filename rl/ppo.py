@@ -33,8 +33,8 @@ from minillm_jax.config import (
 from minillm_jax.losses import Batch, LossFn, Metrics
 from minillm_jax.matmul import matmul
 from minillm_jax.model import ModelOutput, Params, forward_hidden
-from minillm_jax.pretrained import load_params, read_model_config
-from minillm_jax.reward import is_reward_model, reward_axes, reward_shapes, scored
+from minillm_jax.pretrained import load_reward_params, read_model_config
+from minillm_jax.reward import reward_axes, reward_shapes
 from minillm_jax.run import Trained, open_run, what_to_train
 from rl.advantages import explained_variance, gae, kl_shaped_rewards, whiten
 from rl.config import PromptConfig, RLRunConfig, RolloutConfig
@@ -181,11 +181,10 @@ def with_critic(config: PpoStageConfig, model: ModelConfig, trained: Trained) ->
         raise ConfigError(f"the critic cannot start from {path}: its {name} is {theirs}, the policy's is {ours}")
 
     def start(shardings: Any) -> Params:
-        head = jnp.zeros((model.hidden_size, 1))
         if shared:
-            return jax.device_put({"score": {"kernel": head}}, shardings)
-        params = load_params(path, dtype=jnp.float32)[1]
-        return jax.device_put(params if is_reward_model(params) else scored(params, head), shardings)
+            head = jnp.zeros((model.hidden_size, 1), device=shardings["score"]["kernel"])
+            return {"score": {"kernel": head}}
+        return load_reward_params(path, dtype=jnp.float32, shardings=shardings)[1]
 
     def init_params(shardings: Any) -> Params:
         policy = {name: part for name, part in shardings.items() if name != CRITIC}

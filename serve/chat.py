@@ -26,6 +26,7 @@ from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ConfigError, parse_cli
 from minillm_jax.flops import count_params
 from minillm_jax.lm import Completion, LanguageModel, load, stream
+from minillm_jax.reward import is_reward_model
 from minillm_jax.sampling import SamplingParams
 from minillm_jax.tokenizer import Tokenizer, TokenizerError
 
@@ -351,6 +352,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sampling = config.sampling()
         setup_jax()
         lm = load(config.model_path)
+        if is_reward_model(lm.params):
+            raise ConfigError(f"--model_path {config.model_path}: is a reward model; it scores texts and writes none")
         chat = Chat(lm, sampling, thinking_switch(lm.tokenizer, config.thinking))
         return run(chat, config, open_screen())
 

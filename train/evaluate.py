@@ -8,7 +8,8 @@
 `choice` reads `{"query", "choices", "gold"}`. A choice's score is the log-likelihood of " " + choice after the query,
     divided by the choice's UTF-8 bytes for `accuracy` and as it is for `accuracy_unnormalized`.
 `pairs` reads `{"good", "bad"}` and optionally `task`: is the good text likelier, as a sum over its tokens without an
-    end token (BLiMP, arXiv:1912.00582)?
+    end token (BLiMP, arXiv:1912.00582)? Or `{"chosen", "rejected"}` as for preferences: does the chosen answer get the
+    higher reward from a reward model, or the higher log-probability given the prompt from a language model?
 `exact` reads `{"prompt", "answer"}` and optionally `family`: does the greedy reply in the chat format equal the answer?
 
 A tie is wrong: a model that cannot tell earns nothing.
@@ -30,6 +31,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -38,11 +40,25 @@ from minillm_jax.checkpoint import CheckpointError
 from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ComputeConfig, ConfigError, parse_cli
 from minillm_jax.data import DataError, SkipReport, read_records
+from minillm_jax.data.encode import encode_preference
 from minillm_jax.data.errors import FieldError
-from minillm_jax.data.records import ExactRecord, bad_row
-from minillm_jax.evaluation import Metrics, Score, evaluate_choice, evaluate_exact, evaluate_lm, evaluate_pairs
+from minillm_jax.data.peek import row_kind
+from minillm_jax.data.preference import pair_rows
+from minillm_jax.data.records import ExactRecord, PreferenceRecord, bad_row, chat_field_error
+from minillm_jax.data.sources import resolve_sources
+from minillm_jax.evaluation import (
+    Metrics,
+    Score,
+    evaluate_choice,
+    evaluate_exact,
+    evaluate_lm,
+    evaluate_pairs,
+    preference_metrics,
+)
 from minillm_jax.lm import LanguageModel, generate, load
 from minillm_jax.model import param_axes
+from minillm_jax.preference import reference_logps, reward_pairs
+from minillm_jax.reward import is_reward_model, reward_axes
 from minillm_jax.sampling import SamplingParams
 from minillm_jax.scoring import Scores, Span, score_sequences
 from minillm_jax.sharding import data_parallelism, make_mesh, tree_shardings
@@ -54,7 +70,7 @@ SCORED: dict[str, Callable[[list[Any], Tokenizer, Score], Metrics]] = {
     "pairs": evaluate_pairs,
 }
 KINDS = {"lm": "pretrain", "choice": "choice", "pairs": "pairs", "exact": "exact"}
-"""Row format of each task."""
+"""Row format of each task; pairs reads rows of preferences as well."""
 DEFAULT_WINDOW = 512
 CPU_ROWS, ACCELERATOR_ROWS, PROMPTS = 4, 64, 64
 
@@ -68,7 +84,7 @@ class EvaluateConfig:
     data_path: tuple[str, ...]
     """JSONL files or folders of them."""
     task: Literal["lm", "choice", "pairs", "exact"]
-    """Rows {"text"}, {"query", "choices", "gold"}, {"good", "bad"} or {"prompt", "answer"}."""
+    """Rows {"text"}, {"query", "choices", "gold"}, {"good", "bad"} or {"chosen", "rejected"}, {"prompt", "answer"}."""
     max_seq_len: int | None = None
     """Tokens per row of scored text; longer documents become several windows, a longer query loses its beginning. None
     takes what the model's run was trained with, or 512."""
@@ -136,9 +152,7 @@ def _run_scoring(config: EvaluateConfig, lm: LanguageModel, records: list[Any], 
     if config.stride is not None and config.stride > window:
         raise ConfigError(f"--stride {config.stride} is more than a window of {window} tokens and would skip text")
     mesh = make_mesh(config.mesh)
-    ways = data_parallelism(mesh)
-    default = CPU_ROWS if jax.default_backend() == "cpu" else ACCELERATOR_ROWS
-    rows = ways * -(-(config.batch_size or default) // ways)
+    rows = _rows_at_once(config, mesh)
     with jax.set_mesh(mesh), _progress(console, f"scoring {len(records):,} rows") as progress:
         params = jax.device_put(lm.params, tree_shardings(mesh, param_axes(lm.config)))
         score = partial(
@@ -153,14 +167,50 @@ def _run_scoring(config: EvaluateConfig, lm: LanguageModel, records: list[Any], 
 
         def checked(sequences: Sequence[Span]) -> Scores:
             scores = score(sequences)
-            if not np.isfinite(scores.logprobs).all():
-                raise CheckpointError(
-                    f"{config.model_path}: the model's log-probabilities are not finite; its parameters may have "
-                    "diverged in training, so evaluate an earlier checkpoint, or try --dtype float32"
-                )
+            _refuse_not_finite(scores.logprobs, config)
             return scores
 
         return {"max_seq_len": window, **run(records, lm.tokenizer, checked)}
+
+
+def _rows_at_once(config: EvaluateConfig, mesh: Mesh) -> int:
+    ways = data_parallelism(mesh)
+    default = CPU_ROWS if jax.default_backend() == "cpu" else ACCELERATOR_ROWS
+    return ways * -(-(config.batch_size or default) // ways)
+
+
+def _refuse_not_finite(scores: np.ndarray, config: EvaluateConfig) -> None:
+    if not np.isfinite(scores).all():
+        raise CheckpointError(
+            f"{config.model_path}: the model's scores are not finite; its parameters may have diverged in training, so "
+            "evaluate an earlier checkpoint, or try --dtype float32"
+        )
+
+
+def _run_preferences(
+    config: EvaluateConfig, lm: LanguageModel, records: list[PreferenceRecord], report: SkipReport
+) -> Metrics:
+    """Score both answers of each pair: by their rewards, or by their log-probabilities given the prompt."""
+    rewards = is_reward_model(lm.params)
+    window = _window(config, lm)
+    if rewards:  # which reads the last token as well
+        window = min(window, lm.config.max_position_embeddings - 1)
+    encoded = encode_preference(lm.tokenizer, records)
+    for record, error in encoded.bad:
+        bad_row(record, chat_field_error(error), config.on_bad_row, report)
+    _refuse_nothing(encoded.lengths, config)
+    rows = pair_rows(encoded, window)
+    mesh = make_mesh(config.mesh)
+    params = jax.device_put(lm.params, tree_shardings(mesh, (reward_axes if rewards else param_axes)(lm.config)))
+    score = reward_pairs if rewards else reference_logps
+    scores = score(params, lm.config, config.compute, rows, _rows_at_once(config, mesh), mesh)
+    _refuse_not_finite(scores, config)
+    return {
+        "max_seq_len": window,
+        **preference_metrics(scores, rows.answer_lengths, calibration=rewards),
+        "longer_than_window": int((encoded.lengths > window + 1).sum()),
+        "tokens_processed": int(rows.documents.length.sum()),
+    }
 
 
 def _run_exact(
@@ -193,8 +243,15 @@ def _run_exact(
     return {**metrics, "rows": len(kept)}
 
 
-def _refuse_nothing(records: Sequence[Any], config: EvaluateConfig) -> None:
-    if not records:
+def _kind(config: EvaluateConfig) -> str:
+    """Row format of the data: that of the task, or for pairs what the first file holds."""
+    if config.task == "pairs" and row_kind(resolve_sources(config.data_path)[0].files[0]) == "preference":
+        return "preference"
+    return KINDS[config.task]
+
+
+def _refuse_nothing(records: Sequence[Any] | np.ndarray, config: EvaluateConfig) -> None:
+    if not len(records):
         raise DataError(f"{' '.join(config.data_path)}: every row was skipped; there is nothing to evaluate")
 
 
@@ -212,15 +269,23 @@ def evaluate(config: EvaluateConfig, lm: LanguageModel, console: Console) -> Met
 
     Raises:
         DataError: a bad row, or none.
-        ConfigError: a window that the model or the stride does not fit.
+        ConfigError: a window that the model or the stride does not fit, or a task that a reward model cannot do.
         CheckpointError: the model's parameters are not finite.
     """
+    kind = _kind(config)
+    if is_reward_model(lm.params) and kind != "preference":
+        raise ConfigError(
+            f"{config.model_path} is a reward model, which predicts no text; it can be evaluated with --task pairs on "
+            "rows {chosen, rejected}"
+        )
     report = SkipReport()
-    records = list(islice(read_records(config.data_path, KINDS[config.task], config.on_bad_row, report), config.limit))
+    records = list(islice(read_records(config.data_path, kind, config.on_bad_row, report), config.limit))
     _refuse_nothing(records, config)
     start = time.perf_counter()
     if config.task == "exact":
         metrics = _run_exact(config, lm, records, console, report)
+    elif kind == "preference":
+        metrics = _run_preferences(config, lm, records, report)
     else:
         metrics = _run_scoring(config, lm, records, console)
     seconds = time.perf_counter() - start

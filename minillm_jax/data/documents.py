@@ -22,6 +22,7 @@ class Documents:
     chunk: np.ndarray  # [documents] int32
     start: np.ndarray  # [documents] int64
     length: np.ndarray  # [documents] int64
+    margins: np.ndarray | None = None  # [documents] float32, the margin of a document's pair; None where there are none
 
     def __len__(self) -> int:
         """Documents."""
@@ -30,7 +31,11 @@ class Documents:
     def take(self, indices: np.ndarray) -> Documents:
         """Return the documents at `indices`, an integer or boolean array."""
         return dataclasses.replace(
-            self, chunk=self.chunk[indices], start=self.start[indices], length=self.length[indices]
+            self,
+            chunk=self.chunk[indices],
+            start=self.start[indices],
+            length=self.length[indices],
+            margins=None if self.margins is None else self.margins[indices],
         )
 
     def truncate(self, limit: int) -> Documents:
@@ -52,7 +57,7 @@ class Documents:
 
 
 def read_documents(path: Path) -> Documents:
-    """Map an Arrow file with a column `input_ids` and possibly `loss_mask`, both lists of integers, into memory."""
+    """Map an Arrow file into memory: lists of integers `input_ids` and possibly `loss_mask`, and possibly `margin`."""
     import datasets  # takes seconds to import, and reading records or running `--help` does not need it
 
     table = datasets.Dataset.from_file(str(path)).data
@@ -61,6 +66,9 @@ def read_documents(path: Path) -> Documents:
     masks = None
     if "loss_mask" in table.column_names:
         masks = tuple(chunk.values.to_numpy(zero_copy_only=True) for chunk in table.column("loss_mask").chunks)
+    margins = None
+    if "margin" in table.column_names:
+        margins = np.concatenate([np.zeros(0, np.float32), *(c.to_numpy() for c in table.column("margin").chunks)])
     offsets = [chunk.offsets.to_numpy(zero_copy_only=True).astype(np.int64) for chunk in chunks]
     none = np.zeros(0, np.int64)
     return Documents(
@@ -69,6 +77,7 @@ def read_documents(path: Path) -> Documents:
         chunk=np.repeat(np.arange(len(chunks), dtype=np.int32), [len(chunk) for chunk in chunks]),
         start=np.concatenate([none, *(o[:-1] for o in offsets)]),
         length=np.concatenate([none, *(np.diff(o) for o in offsets)]),
+        margins=margins,
     )
 
 
@@ -78,10 +87,12 @@ def concatenate_documents(stores: Sequence[Documents]) -> Documents:
     masks = None
     if all(store.masks is not None for store in stores):
         masks = tuple(mask for store in stores for mask in store.masks or ())
+    margins = [store.margins for store in stores if store.margins is not None]
     return Documents(
         tuple(chunk for store in stores for chunk in store.tokens),
         masks,
         chunk=np.concatenate([store.chunk + first for store, first in zip(stores, first_chunk, strict=False)]),
         start=np.concatenate([store.start for store in stores]),
         length=np.concatenate([store.length for store in stores]),
+        margins=np.concatenate(margins) if len(margins) == len(stores) else None,
     )

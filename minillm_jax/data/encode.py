@@ -1,4 +1,4 @@
-"""Tokenise each file once: records in, a cached Arrow file of token ids and loss masks out.
+"""Tokenise each file once: records in, a cached Arrow file of token ids, loss masks and pairs' margins out.
 
 A cache entry is a folder named by everything that decides its contents: the file's absolute path, size and modification
 time, the kind of row, the tokenizer's fingerprint, and FORMAT. Row lengths are no part of it: documents are kept whole,
@@ -39,8 +39,8 @@ from minillm_jax.data.records import (
 )
 from minillm_jax.tokenizer import Tokenizer
 
-FORMAT = 1
-"""Raise it when the same file and tokenizer come to give other tokens."""
+FORMAT = 2
+"""Raise it when the same file and tokenizer come to give other tokens, or they are stored in another way."""
 CHUNK_BYTES = 1 << 20
 """Bytes of JSONL that are encoded together."""
 BLOCK_TOKENS = 1 << 22
@@ -53,11 +53,12 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Some documents end to end: ids and mask are [tokens], lengths [documents]."""
+    """Some documents end to end: ids and mask are [tokens], lengths and margins [documents]."""
 
     ids: np.ndarray
     lengths: np.ndarray
     mask: np.ndarray | None = None
+    margins: np.ndarray | None = None
     bad: Sequence[tuple[Record, ChatError]] = ()
 
 
@@ -93,23 +94,29 @@ def encode_sft(tokenizer: Tokenizer, records: Sequence[SftRecord]) -> Encoded:
         _join([r.token_ids for r in rendered], np.int32),
         np.array([len(r.token_ids) for r in rendered], np.int64),
         _join([r.mask for r in rendered], np.uint8),
-        bad,
+        bad=bad,
     )
 
 
 def encode_preference(tokenizer: Tokenizer, records: Sequence[PreferenceRecord]) -> Encoded:
-    """Render each pair as two documents, chosen before rejected; only their last turns carry loss."""
+    """Render each pair as two documents, chosen before rejected; only their last turns carry loss.
+
+    Each document bears the margin of its pair, 0 where the row has none.
+    """
     sides: list[Rendered] = []
+    margins: list[float] = []
     bad = []
     for record in records:
         try:
             sides += _render_pair(tokenizer, record)
+            margins += [record.margin or 0.0] * 2
         except ChatError as error:
             bad.append((record, error))
     return Encoded(
         _join([side.token_ids for side in sides], np.int32),
         np.array([len(side.token_ids) for side in sides], np.int64),
         _join([side.mask for side in sides], np.uint8),
+        np.array(margins, np.float32),
         bad,
     )
 
@@ -229,28 +236,34 @@ def _blocks(chunks: Iterable[Encoded]) -> Iterator[Encoded]:
 
 def _merge(chunks: list[Encoded]) -> Encoded:
     masks = [chunk.mask for chunk in chunks if chunk.mask is not None]
+    margins = [chunk.margins for chunk in chunks if chunk.margins is not None]
     return Encoded(
         np.concatenate([chunk.ids for chunk in chunks]),
         np.concatenate([chunk.lengths for chunk in chunks]),
         np.concatenate(masks) if masks else None,
+        np.concatenate(margins) if margins else None,
     )
 
 
-def _write_arrow(path: Path, blocks: Iterable[Encoded], with_mask: bool, vocab_size: int) -> None:
+def _write_arrow(path: Path, blocks: Iterable[Encoded], kind: str, vocab_size: int) -> None:
     import datasets
     import pyarrow as pa
     from datasets.arrow_writer import ArrowWriter
 
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.int32
     columns = {"input_ids": datasets.List(datasets.Value(np.dtype(dtype).name))}
-    if with_mask:
+    if kind != "pretrain":
         columns["loss_mask"] = datasets.List(datasets.Value("uint8"))
+    if kind == "preference":
+        columns["margin"] = datasets.Value("float32")
     with ArrowWriter(path=str(path), features=datasets.Features(columns)) as writer:
         for block in blocks:
             offsets = pa.array(np.concatenate([[0], np.cumsum(block.lengths)]).astype(np.int32))
             table = {"input_ids": pa.ListArray.from_arrays(offsets, block.ids.astype(dtype))}
             if block.mask is not None:
                 table["loss_mask"] = pa.ListArray.from_arrays(offsets, block.mask)
+            if block.margins is not None:
+                table["margin"] = pa.array(block.margins)
             writer.write_table(pa.table(table), writer_batch_size=max(1, len(block.lengths)))
         writer.finalize()
 
@@ -274,7 +287,7 @@ def _tokenize(
             yield chunk
 
     path = folder / "documents.arrow"
-    _write_arrow(path, _blocks(chunks()), with_mask=kind != "pretrain", vocab_size=tokenizer.vocab_size)
+    _write_arrow(path, _blocks(chunks()), kind, vocab_size=tokenizer.vocab_size)
     if _entry_name(file, kind, tokenizer) != name:
         raise DataError(f"{file}: changed while it was being read; start again when it is complete")
     info = {

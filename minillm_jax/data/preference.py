@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from minillm_jax.data.documents import Documents, concatenate_documents
-from minillm_jax.data.encode import Report
+from minillm_jax.data.encode import Encoded, Report
 from minillm_jax.data.errors import DataError, OnBadRow
 from minillm_jax.data.loader import Share, Tokenize, held_out_mask
 from minillm_jax.data.packing import Batch, PackPlan, gather_rows
@@ -43,8 +43,19 @@ class PairRows:
         """Pairs, which is also the length of an epoch."""
         return len(self.documents) // 2
 
+    @property
+    def margins(self) -> np.ndarray:
+        """[N] float32, by how much each chosen answer's reward should lead; 0 where a row does not say."""
+        margins = self.documents.margins
+        return np.zeros(len(self), np.float32) if margins is None else margins[::2]
+
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        """[N, 2] int64, tokens of the answers as far as they are kept, what closes their turn included."""
+        return self.documents.trained_tokens().reshape(-1, 2)
+
     def gather(self, indices: Sequence[int]) -> Batch:
-        """Return pairs as arrays [B, 2, T], and `ref_logps` [B, 2] if they are known."""
+        """Return pairs as arrays [B, 2, T], `margin` [B], and `ref_logps` [B, 2] if they are known."""
         pairs = np.asarray(indices, np.int64)
         sides = self.documents.take(np.stack([2 * pairs, 2 * pairs + 1], axis=1).reshape(-1))
         number = np.arange(len(sides) + 1, dtype=np.int32)
@@ -52,6 +63,7 @@ class PairRows:
         one_each = PackPlan(self.seq_len, number, number[:-1], zeros, sides.length.astype(np.int32), zeros)
         flat = gather_rows(sides, one_each, range(len(sides)))
         batch = {name: array.reshape(len(pairs), 2, self.seq_len) for name, array in flat.items()}
+        batch["margin"] = self.margins[pairs]
         if self.ref_logps is not None:
             batch["ref_logps"] = self.ref_logps[pairs]
         return batch
@@ -73,6 +85,8 @@ class PairRows:
             digest.update(self.documents.length[i].tobytes())
             for array in _side(self.documents, i):
                 digest.update(np.ascontiguousarray(array, np.int32).tobytes())
+        if self.margins.any():  # rows without margins keep the hash that they had before there were any
+            digest.update(self.margins.tobytes())
         return digest.hexdigest()
 
 
@@ -129,7 +143,7 @@ def load_pairs(
             Share(a, b, float(s.weight or 0)) for (a, b), s in zip(pairwise([0, *stops]), sources, strict=True)
         )
     longest = max(int(store.length.max(initial=2)) for store in [*stores, *([] if held_out is None else [held_out])])
-    seq_len = min(max_seq_len, -(-(longest - 1) // LENGTH_STEP) * LENGTH_STEP)
+    seq_len = _row_length(longest, max_seq_len)
     train = PairRows(concatenate_documents(stores), seq_len, shares)
     report(f"training: {train.describe()}")
     if held_out is None:
@@ -137,6 +151,27 @@ def load_pairs(
     valid = PairRows(held_out, seq_len, (Share(0, len(held_out) // 2, 1.0),))
     report(f"validation: {valid.describe()}")
     return train, valid
+
+
+def pair_rows(encoded: Encoded, max_seq_len: int) -> PairRows:
+    """Make rows of every pair that was encoded, in memory: what is longer than a row is cut at its end.
+
+    Args:
+        encoded: from `encode.encode_preference`, at least one pair.
+        max_seq_len: the most slots T of a row; rows are no longer than the longest pair needs.
+    """
+    starts = np.cumsum(encoded.lengths) - encoded.lengths
+    masks = None if encoded.mask is None else (encoded.mask,)
+    chunk = np.zeros(len(starts), np.int32)
+    documents = Documents((encoded.ids,), masks, chunk, starts, encoded.lengths, encoded.margins)
+    documents = documents.truncate(max_seq_len + 1)
+    seq_len = _row_length(int(documents.length.max()), max_seq_len)
+    return PairRows(documents, seq_len, (Share(0, len(documents) // 2, 1.0),))
+
+
+def _row_length(longest: int, max_seq_len: int) -> int:
+    """Slots that documents of at most `longest` tokens need."""
+    return min(max_seq_len, -(-(longest - 1) // LENGTH_STEP) * LENGTH_STEP)
 
 
 def _usable(

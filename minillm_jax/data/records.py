@@ -20,6 +20,7 @@ from minillm_jax.data.sources import resolve_sources
 Turns = Sequence[Mapping[str, Any]]
 
 _BOM = b"\xef\xbb\xbf"
+_LARGEST = 3.4e38  # what float32 takes
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -48,11 +49,12 @@ class SftRecord(Record):
 
 @dataclass(frozen=True)
 class PreferenceRecord(Record):
-    """Two conversations that end in an assistant turn, the first one preferred."""
+    """Two conversations that end in an assistant turn, the first one preferred, and by how much if the row says."""
 
     chosen: Turns
     rejected: Turns
     tools: Any = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,18 @@ def _optional_string(row: Mapping[str, Any], key: str) -> str | None:
     return None if row.get(key) is None else _string(row, key)
 
 
+def _optional_number(row: Mapping[str, Any], key: str) -> float | None:
+    """Read a number that float32 can hold; JSON as Python reads it also has NaN, Infinity and integers of any size."""
+    value = row.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise FieldError(key, "must be a number", f", not {_describe(value)}")
+    if not abs(value) <= _LARGEST:
+        raise FieldError(key, "must be a finite number", f", not {_describe(value)}")
+    return float(value)
+
+
 def _list(row: Mapping[str, Any], key: str) -> list[Any]:
     if key not in row:
         raise FieldError(key, "is missing")
@@ -161,7 +175,7 @@ def _preference(row: dict[str, Any], file: str, line: int) -> PreferenceRecord:
     for key, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1]["role"] != "assistant":
             raise FieldError(f"{key}[{len(turns) - 1}].role", "the last turn must be the assistant's")
-    return PreferenceRecord(file, line, chosen, rejected, row.get("tools"))
+    return PreferenceRecord(file, line, chosen, rejected, row.get("tools"), _optional_number(row, "margin"))
 
 
 def _rl(row: dict[str, Any], file: str, line: int) -> RLRecord:

@@ -1,0 +1,161 @@
+"""The reward model: learn from pairs of answers what people prefer, as one number per conversation.
+
+    python -m rl.train_rm --data_path pairs.jsonl --model_path out/sft --out_dir out/rm
+
+Rows are `{"chosen": [turns], "rejected": [turns]}` that differ in their last turn, with an optional number `"margin"`.
+Training starts from the model at `--model_path`, which gets a scalar head, read at the last token of the whole rendered
+conversation; or it goes on from a reward model. The chosen answer's reward should be the higher one, by a margin if the
+row names one. After training, `report.json` says how well rewards order the pairs that were set aside.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from minillm_jax.cli import setup_jax, user_errors
+from minillm_jax.config import (
+    ComputeConfig,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    parse_cli,
+)
+from minillm_jax.data import PairRows, load_pairs
+from minillm_jax.evaluation import preference_metrics
+from minillm_jax.losses import Batch, LossFn, Metrics
+from minillm_jax.model import Params
+from minillm_jax.preference import pair_scores, reward_pairs, sum_pairs
+from minillm_jax.pretrained import load_params, read_model_config
+from minillm_jax.reward import reward_axes
+from minillm_jax.run import Run, open_run, run_job, write_atomically
+from minillm_jax.sharding import make_mesh, tree_shardings
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What is particular about reward models."""
+
+    center_coef: float = 0.01
+    """Weight of the squared sum of a pair's rewards, which keeps rewards around zero (arXiv:2312.09244); 0 for none."""
+
+    def __post_init__(self) -> None:
+        """Refuse a number that means nothing."""
+        if not self.center_coef >= 0:
+            raise ConfigError(f"--center_coef must not be negative, but is {self.center_coef}")
+
+
+@dataclass(frozen=True)
+class TrainRmConfig:
+    """Settings of a reward model's run."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig = OptimConfig(weight_decay=0.0)
+    compute: ComputeConfig = ComputeConfig()
+    reward: RewardConfig = RewardConfig()
+    lora: LoraConfig = LoraConfig()
+
+
+def _bradley_terry(
+    chosen: jax.Array, rejected: jax.Array, margin: jax.Array | None = None, center_coef: float = 0.0
+) -> jax.Array:
+    """Loss of reward models, -log σ(r_w - r_l - m) + c (r_w + r_l)², elementwise.
+
+    The first term is InstructGPT's (arXiv:2203.02155, eq. 1) with the margin of Llama 2 (arXiv:2307.09288, eq. 2), the
+    second centres rewards (arXiv:2312.09244).
+
+    Args:
+        chosen: `[B]` rewards r_w.
+        rejected: `[B]` rewards r_l.
+        margin: `[B]` margins m; None is 0.
+        center_coef: c.
+
+    Returns:
+        `[B]`.
+    """
+    lead = chosen - rejected - (0.0 if margin is None else margin)
+    return -jax.nn.log_sigmoid(lead) + center_coef * (chosen + rejected) ** 2
+
+
+def reward_pairs_loss(config: ModelConfig, compute: ComputeConfig, settings: RewardConfig) -> LossFn:
+    """Make the loss of a reward model: Bradley-Terry with margins, plus centring, plus the router's loss.
+
+    The batch is `tokens targets weights segment_ids`, each `[B, 2, T]`, chosen before rejected, and `margin` `[B]`.
+    Every term is a mean per pair, and the weight counts pairs: one of zeros is padding.
+
+    Metrics: `loss` (router's part left out) and `router_loss`; `rewards_chosen`, `rewards_rejected`, their difference
+    `margin`, and `accuracy`, how often it is positive; `longer_accuracy`, that of preferring the longer answer, where
+    equal lengths count one half; `brier`, the mean of (σ(margin) - 1)².
+    """
+
+    def loss_fn(
+        params: Params, frozen: Any, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        scores, output = pair_scores(params, config, compute, batch, key)
+        chosen, rejected = scores[:, 0], scores[:, 1]
+        loss = _bradley_terry(chosen, rejected, batch["margin"], settings.center_coef)
+        lengths = batch["weights"].sum(-1)  # [B, 2]
+        per_pair = {
+            "loss": loss,
+            "rewards_chosen": chosen,
+            "rewards_rejected": rejected,
+            "margin": chosen - rejected,
+            "accuracy": (chosen > rejected).astype(jnp.float32),
+            "longer_accuracy": 0.5 + 0.5 * jnp.sign(lengths[:, 0] - lengths[:, 1]),
+            "brier": (jax.nn.sigmoid(chosen - rejected) - 1) ** 2,
+        }
+        real = (batch["segment_ids"][..., 0] > 0).all(-1)
+        return sum_pairs(loss, per_pair, real, output, batch["segment_ids"])
+
+    return loss_fn
+
+
+def report(config: TrainRmConfig, run: Run, rows: PairRows) -> dict[str, Any]:
+    """Ask the finished model about pairs that were set aside; see `evaluation.preference_metrics`."""
+    mesh = make_mesh(config.run.mesh)
+    params = load_params(run.folder, dtype=jnp.float32, shardings=tree_shardings(mesh, reward_axes(run.model)))[1]
+    scores = reward_pairs(params, run.model, config.compute, rows, config.data.batch_size, mesh)
+    return preference_metrics(scores, rows.answer_lengths, calibration=True)
+
+
+def main() -> int:
+    """Run the stage, and print the report as one JSON object in the last line; returns the exit status."""
+    with user_errors():
+        config = parse_cli(TrainRmConfig, str(__doc__), read_model=read_model_config)
+        if config.run.model_path is None:
+            raise ConfigError("--model_path is needed: a reward model starts from a model that knows the language")
+        setup_jax()
+        run = open_run(config)
+        data = config.data
+        train_rows, valid_rows = load_pairs(
+            data.data_path,
+            run.tokenizer,
+            min(data.max_seq_len, run.model.max_position_embeddings - 1),  # T + 1 tokens are read
+            on_bad_row=data.on_bad_row,
+            cache_dir=data.cache_dir,
+            num_proc=data.num_proc,
+            seed=config.run.seed,
+            valid_fraction=data.valid_fraction,
+            valid_path=data.valid_path,
+        )
+        loss_fn = reward_pairs_loss(run.model, config.compute, config.reward)
+        status = run_job(config, run, loss_fn, train_rows, valid_rows, scored=True)
+        if status == 0 and valid_rows is not None:
+            line = json.dumps(report(config, run, valid_rows))
+            write_atomically(run.folder / "report.json", line + "\n")
+            print(line)
+        return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
