@@ -8,6 +8,7 @@ so a prompt gives the same completion alone and among others.
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -193,6 +194,32 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig, max_new
     return np.minimum(max_new_tokens, config.max_position_embeddings - np.asarray([len(prompt) for prompt in prompts]))
 
 
+def equal_neighbours(prompts: Sequence[Sequence[int]]) -> int:
+    """Return the largest n such that prompts come n equal ones at a time; their beginning is then read once."""
+    n, run = 0, 0
+    for i, prompt in enumerate(prompts):
+        if i and prompt != prompts[i - 1]:
+            n, run = math.gcd(n, run), 0
+        run += 1
+    return math.gcd(n, run)
+
+
+@functools.partial(jax.jit, static_argnames=("copies",))
+def repeat_rows(state: DecodeState, keys: jax.Array, *, copies: int) -> DecodeState:
+    """Repeat each of B rows, side by side, with a random key of its own: keys are `[B * copies]`."""
+    repeat = functools.partial(jnp.repeat, repeats=copies, axis=0)
+    cache = KVCache(
+        k=jnp.repeat(state.cache.k, copies, axis=1),
+        v=jnp.repeat(state.cache.v, copies, axis=1),
+        positions=repeat(state.cache.positions),
+        segment_ids=repeat(state.cache.segment_ids),
+        index=state.cache.index,
+    )
+    return DecodeState(
+        cache, repeat(state.logits), repeat(state.positions), repeat(state.done), repeat(state.seen), keys, state.step
+    )
+
+
 def decode_stream(
     params: Params,
     config: ModelConfig,
@@ -216,22 +243,26 @@ def decode_stream(
     """
     budgets = check_prompts(prompts, config, sampling.max_new_tokens)
     budget = int(budgets.max())
-    rows = len(prompts)
-    batch = bucket(rows, smallest=1)
+    rows, copies = len(prompts), equal_neighbours(prompts)
+    different = prompts[::copies]
+    fillers = bucket(len(different), smallest=1) - len(different)
+    batch = copies * (len(different) + fillers)
     width = min(bucket(max(map(len, prompts))), config.max_position_embeddings)
-    tokens = np.zeros((batch, width), np.int32)
-    for i, prompt in enumerate(prompts):
+    tokens = np.zeros((len(different) + fillers, width), np.int32)
+    for i, prompt in enumerate(different):
         tokens[i, : len(prompt)] = prompt
-    lengths = np.asarray([len(p) for p in prompts] + [0] * (batch - rows), np.int32)
+    lengths = np.asarray([len(p) for p in different] + [0] * fillers, np.int32)
     keys = row_keys([*prompts, *[()] * (batch - rows)], seed)
     chunk = min(CHUNK, bucket(budget, smallest=1))
     chunks = -(-budget // chunk)
     state = prefill(
-        params, config, tokens, lengths, keys,
+        params, config, tokens, lengths, keys[::copies],
         cache_length=bucket(width + chunks * chunk),  # shared by prompt widths, so decoding is compiled less often
         track_seen=sampling.repetition_penalty != 1.0,
         compute=compute,
     )  # fmt: skip
+    if copies > 1:
+        state = repeat_rows(state, keys, copies=copies)
     settings = sampling_arrays([sampling] * batch)
     ends = [-1] if sampling.ignore_eos or not eos_token_ids else list(eos_token_ids)
     eos = jnp.broadcast_to(jnp.asarray(ends, jnp.int32), (batch, len(ends)))

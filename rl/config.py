@@ -18,7 +18,7 @@ class RLRunConfig(RunConfig):
     eval_interval: int = 20
     """Steps between evaluations on held-out prompts; 0 for never."""
     save_interval: int = 20
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the first and the last step are always saved."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class GrpoConfig:
 
 
 def weigh(objective: Objective, experience: Experience, measured: dict[str, np.ndarray], controls: Controls) -> Weighed:
-    """Turn the rewards of groups into advantages `[B, T]`.
+    """Turn the rewards of groups into advantages `[B, C]`.
 
     A KL penalty in the reward is taken off a completion's total, or with the baseline `batch` (REINFORCE++) token by
     token, where each counts what it and all later ones cost.

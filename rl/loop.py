@@ -25,11 +25,13 @@ from minillm_jax.checkpoint import Checkpointer
 from minillm_jax.config import OptimConfig, to_json
 from minillm_jax.data import Batch as HostBatch
 from minillm_jax.data import PromptRows, make_iterator
+from minillm_jax.lm import LanguageModel
 from minillm_jax.losses import Batch, LossFn
 from minillm_jax.metrics import MetricsLogger, plot_curves
 from minillm_jax.model import Params
 from minillm_jax.optim import make_optimizer, make_schedule
 from minillm_jax.run import Run, Trained
+from minillm_jax.samples import answer_chats
 from minillm_jax.sharding import data_parallelism, make_mesh
 from minillm_jax.trainer import (
     StopRequest,
@@ -63,7 +65,8 @@ class Experience:
 
     Attributes:
         rollout: B = P * G completions; those of one prompt stand together.
-        batch: `tokens targets weights segment_ids positions`, `[B, T]`; the weights mark the tokens to learn from.
+        batch: see `rollout.to_batch`; the weights `[B, C]` mark the tokens to learn from.
+        sampler_logprobs: `[B, C]`, that the tokens were drawn with.
         scored: rewards of the completions.
         indices: `[B]`, which prompt of the data each one answers.
         group_size: completions G per prompt.
@@ -85,13 +88,13 @@ class Experience:
 
     @property
     def mask(self) -> np.ndarray:
-        """`[B, T]`, 1 for every token that was drawn."""
-        positions, lengths = self.batch["positions"], np.asarray([len(p) for p in self.rollout.prompts])
-        return ((self.batch["segment_ids"] > 0) & (positions >= lengths[:, None] - 1)).astype(np.float32)
+        """`[B, C]`, 1 for every token that was drawn, to be learnt from or not."""
+        lengths = np.asarray([len(completion) for completion in self.rollout.completions])
+        return (np.arange(self.batch["weights"].shape[1]) < lengths[:, None]).astype(np.float32)
 
 
 Weighed = tuple[dict[str, np.ndarray], dict[str, float], Controls]
-"""Arrays `[B, T]` for the loss, metrics of the rollout, and the controls of the next one."""
+"""Arrays `[B, C]` for the loss, metrics of the rollout, and the controls of the next one."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class RLJob:
         run: the open run folder.
         trained: what the steps change, a critic included.
         policy: takes what is trained and what is frozen; returns parameters to sample from.
-        measure: `(params, frozen, batch) -> {name: [b, T]}`, what the weighing needs to know of each token, among it
+        measure: `(params, frozen, batch) -> {name: [b, C]}`, what the weighing needs to know of each token, among it
             `logprobs` of the targets at the rollout's temperature.
         weigh: turns rewards and measurements into what the loss reads; `(experience, measured, controls)`.
         loss_fn: the loss, see `losses.LossFn`, on what `weigh` returns; its metrics hold `approx_kl`.
@@ -244,6 +247,8 @@ class _Loop:
                 due_save = last or signum is not None or self._due(before, run.save_interval)
                 if self._due(before, run.eval_interval) or (last and run.eval_interval):
                     self._evaluate()
+                if self._due(before, run.sample_interval):
+                    self._show()
                 if due_save:
                     self._save()
                 if signum is not None:
@@ -429,6 +434,13 @@ class _Loop:
         values = {f"valid_{name}": value for name, value in _rewards(scored, rollout).items()}
         self.valid_reward = (self.step, values["valid_reward"])
         self.logger.log(self.step, values)
+
+    def _show(self) -> None:
+        """Answer a few messages greedily, on the screen."""
+        policy = self.job.policy(self.state["params"], self.frozen)
+        lm = LanguageModel(self.job.run.model, policy, self.tokenizer)
+        for text in answer_chats(lm, self.config.run.sample_prompts):
+            self.logger.print(f"step {self.step} sample: {text}")
 
     def _save(self) -> None:
         metrics = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -30,14 +31,24 @@ def read_tokens(
         params: of the policy.
         config: its shape.
         compute: dtype, attention implementation, rematerialisation.
-        batch: `tokens targets segment_ids positions`, `[B, T]` each.
+        batch: of a rollout, see `rollout.to_batch`.
         temperature: that the tokens were drawn at.
         key: turns dropout on.
 
     Returns:
-        Log-probabilities of the targets and entropies of their distributions, `[B, T]` float32, both at the
-        temperature; and what the model returned.
+        Log-probabilities of the targets and entropies of their distributions, `[B, C]` float32, both at the
+        temperature; and what the model returned, with hidden states `[B, C, D]` and router losses `[B, C]`.
     """
+    output = read_completions(params, config, compute, batch, key)
+    # Logits are linear in the hidden states, so dividing these divides those.
+    logprobs, entropy = token_logprobs_and_entropy(params, config, output.hidden / temperature, batch["targets"])
+    return logprobs, entropy, output
+
+
+def read_completions(
+    params: Params, config: ModelConfig, compute: ComputeConfig, batch: Batch, key: jax.Array | None = None
+) -> ModelOutput:
+    """Read prompts and completions; keep the states `[B, C, *]` that the completions' tokens were drawn from."""
     output = forward_hidden(
         params,
         config,
@@ -47,9 +58,13 @@ def read_tokens(
         dropout_key=key,
         compute=compute,
     )
-    # Logits are linear in the hidden states, so dividing these divides those.
-    logprobs, entropy = token_logprobs_and_entropy(params, config, output.hidden / temperature, batch["targets"])
-    return logprobs, entropy, output
+    slots = batch["starts"][:, None] + jnp.arange(batch["targets"].shape[1])  # [B, C]
+    slots = jnp.minimum(slots, batch["tokens"].shape[1] - 1)  # behind a completion's end it does not matter which
+    hidden = jnp.take_along_axis(output.hidden, slots[..., None], axis=1)
+    router_loss = output.router_loss
+    if router_loss is not None:
+        router_loss = jnp.take_along_axis(router_loss, slots, axis=1)
+    return dataclasses.replace(output, hidden=hidden, router_loss=router_loss)
 
 
 def policy_terms(
@@ -64,10 +79,10 @@ def policy_terms(
 
     Args:
         objective: what is optimised.
-        logprobs: `[B, T]` of the targets.
-        entropy: `[B, T]`.
+        logprobs: `[B, C]` of the targets.
+        entropy: `[B, C]`.
         output: what the model returned.
-        batch: `weights old_logprobs advantages`, `[B, T]` each, and `ref_logprobs` where there is a reference.
+        batch: `weights old_logprobs advantages`, `[B, C]` each, and `ref_logprobs` where there is a reference.
         max_new_tokens: longest completion.
     """
     mask = batch["weights"]

@@ -32,7 +32,7 @@ from minillm_jax.config import (
 )
 from minillm_jax.losses import Batch, LossFn, Metrics
 from minillm_jax.matmul import matmul
-from minillm_jax.model import ModelOutput, Params, forward_hidden
+from minillm_jax.model import ModelOutput, Params
 from minillm_jax.pretrained import load_reward_params, read_model_config
 from minillm_jax.reward import reward_axes, reward_shapes
 from minillm_jax.run import Trained, open_run, what_to_train
@@ -41,7 +41,7 @@ from rl.config import PromptConfig, RLRunConfig, RolloutConfig
 from rl.health import HealthConfig
 from rl.loop import Controls, Experience, RLJob, Weighed, run_rl
 from rl.losses import KlEstimator, Objective, kl_estimate, value_loss
-from rl.policy import policy_terms, read_tokens, reference_policy, require_model, with_loss
+from rl.policy import policy_terms, read_completions, read_tokens, reference_policy, require_model, with_loss
 from rl.rewards import RewardConfig
 from rl.task import load_task
 
@@ -145,23 +145,15 @@ class ActorCritic:
     def read(
         self, params: Params, frozen: Any, batch: Batch, key: jax.Array | None = None
     ) -> tuple[tuple[jax.Array, jax.Array, ModelOutput], jax.Array]:
-        """Return what `read_tokens` says of the policy, and the critic's values `[B, T]` of the states before them."""
+        """Return what `read_tokens` says of the policy, and the critic's values `[B, C]` of the states before them."""
         read = read_tokens(self.policy(params, frozen), self.model, self.compute, batch, self.temperature, key)
         if self.shared_trunk:
             return read, _values(params[CRITIC], read[2].hidden)
-        output = forward_hidden(
-            params[CRITIC],
-            self.model,
-            batch["tokens"],
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-            compute=self.compute,
-        )
-        return read, _values(params[CRITIC], output.hidden)
+        return read, _values(params[CRITIC], read_completions(params[CRITIC], self.model, self.compute, batch).hidden)
 
 
 def _values(critic: Params, hidden: jax.Array) -> jax.Array:
-    """Apply the head to hidden states `[B, T, D]`; float32 `[B, T]`."""
+    """Apply the head to hidden states `[B, C, D]`; float32 `[B, C]`."""
     return matmul(hidden, critic["score"]["kernel"].astype(hidden.dtype))[..., 0].astype(jnp.float32)
 
 
@@ -203,7 +195,7 @@ def with_critic(config: PpoStageConfig, model: ModelConfig, trained: Trained) ->
 
 
 def weigh(ppo: PpoConfig, experience: Experience, measured: dict[str, np.ndarray], controls: Controls) -> Weighed:
-    """Turn rewards into advantages and returns `[B, T]`, and adapt the KL coefficient for the next rollout."""
+    """Turn rewards into advantages and returns `[B, C]`, and adapt the KL coefficient for the next rollout."""
     mask, scores = jnp.asarray(experience.mask), jnp.asarray(experience.rewards.reshape(-1))
     logprobs, values = jnp.asarray(measured["logprobs"]), jnp.asarray(measured["values"])
     kl, metrics, arrays = jnp.zeros_like(mask), dict[str, float](), {"old_logprobs": measured["logprobs"]}
@@ -248,7 +240,7 @@ def ppo_loss(ppo: PpoConfig, parts: ActorCritic, max_new_tokens: int) -> LossFn:
     """Make the loss: the clipped policy loss plus value_coef times the critic's.
 
     The batch is that of a rollout with `old_logprobs advantages old_values returns`, and `ref_logprobs` where there is
-    a reference, `[B, T]` each.
+    a reference, `[B, C]` each.
     """
 
     def loss_fn(

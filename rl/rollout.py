@@ -98,24 +98,29 @@ def sample_rollout(
 def to_batch(rollout: Rollout) -> tuple[Batch, np.ndarray]:
     """Lay a rollout out for training, padded on the right.
 
+    Prompts are read and completions are learnt from, so only the latter need logits: what is said of their tokens
+    stands in arrays of their own, C tokens wide. T and C are each one of few lengths.
+
     Returns:
-        `tokens targets weights segment_ids positions`, each `[B, T]`, where the weights mark completions; and the
-        sampler's log-probabilities `[B, T]` of the targets, 0 elsewhere. T is one of few lengths.
+        `tokens segment_ids positions`, `[B, T]`; `starts` `[B]`, where in T the state stands that the first token of
+        the completion was drawn from; `targets weights`, `[B, C]`, the tokens of the completion. And the sampler's
+        log-probabilities `[B, C]` of them, 0 behind their end.
     """
     rows = len(rollout.prompts)
     lengths = [len(p) + len(c) - 1 for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
-    width = bucket(max(lengths))
-    integers = {name: np.zeros((rows, width), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-    weights, logprobs = np.zeros((rows, width), np.float32), np.zeros((rows, width), np.float32)
+    width, drawn = bucket(max(lengths)), bucket(max(map(len, rollout.completions)), smallest=8)
+    batch: Batch = {name: np.zeros((rows, width), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    batch |= {"starts": np.asarray([len(prompt) - 1 for prompt in rollout.prompts], np.int32)}
+    batch |= {"targets": np.zeros((rows, drawn), np.int32), "weights": np.zeros((rows, drawn), np.float32)}
+    logprobs = np.zeros((rows, drawn), np.float32)
     for i, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):
-        ids, length, first = prompt + completion, lengths[i], len(prompt) - 1
-        integers["tokens"][i, :length] = ids[:-1]
-        integers["targets"][i, :length] = ids[1:]
-        integers["segment_ids"][i, :length] = 1
-        integers["positions"][i, :length] = np.arange(length)
-        weights[i, first:length] = 1.0
-        logprobs[i, first:length] = rollout.logprobs[i]
-    return {**integers, "weights": weights}, logprobs
+        batch["tokens"][i, : lengths[i]] = (prompt + completion)[:-1]
+        batch["segment_ids"][i, : lengths[i]] = 1
+        batch["positions"][i, : lengths[i]] = np.arange(lengths[i])
+        batch["targets"][i, : len(completion)] = completion
+        batch["weights"][i, : len(completion)] = 1.0
+        logprobs[i, : len(completion)] = rollout.logprobs[i]
+    return batch, logprobs
 
 
 # ---------------------------------------------------------------------------------------------------------------------

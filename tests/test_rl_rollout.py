@@ -44,11 +44,12 @@ def test_a_rollout_is_laid_out_as_targets_of_the_tokens_before():
                       np.asarray([True, True]))  # fmt: skip
     batch, logprobs = to_batch(rollout)
     assert batch["tokens"][:, :5].tolist() == [[5, 6, 7, 9, 0], [8, 10, 11, 12, 0]]
-    assert batch["targets"][:, :5].tolist() == [[6, 7, 9, 2, 0], [10, 11, 12, 2, 0]]
-    assert batch["weights"][:, :5].tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 1, 0]]
+    assert batch["starts"].tolist() == [2, 0]
+    assert batch["targets"][:, :5].tolist() == [[9, 2, 0, 0, 0], [10, 11, 12, 2, 0]]
+    assert batch["weights"][:, :5].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
     assert batch["segment_ids"][:, :5].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]
     assert batch["positions"][:, :5].tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 3, 0]]
-    assert logprobs[:, :5].tolist() == [[0, 0, -1, -2, 0], [-3, -4, -5, -6, 0]]
+    assert logprobs[:, :5].tolist() == [[-1, -2, 0, 0, 0], [-3, -4, -5, -6, 0]]
     assert not batch["weights"][:, 5:].any() and not logprobs[:, 5:].any()
 
 

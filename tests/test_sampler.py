@@ -14,7 +14,7 @@ import minillm_jax.lm
 from minillm_jax.config import ModelConfig
 from minillm_jax.lm import LanguageModel, generate, stream
 from minillm_jax.model import forward, init_params
-from minillm_jax.sampler import CHUNK, bucket, check_prompts, row_keys
+from minillm_jax.sampler import CHUNK, bucket, check_prompts, equal_neighbours, row_keys
 from minillm_jax.sampling import SamplingParams
 from minillm_jax.tokenizer import Tokenizer, train_tokenizer
 
@@ -254,3 +254,16 @@ def test_half_a_character_at_the_end_becomes_the_replacement_character(monkeypat
     lm = scripted(monkeypatch, [*TOKENIZER.encode("a"), *TOKENIZER.encode("é")[:1]], chunk=CHUNK)
     pieces, completion = drain(stream(lm, [1], SamplingParams()))
     assert completion.text == "".join(pieces) == "a�"
+
+
+@pytest.mark.parametrize(("runs", "copies"), [([4, 4], 4), ([2, 4, 6], 2), ([3, 4], 1), ([1, 1], 1), ([6], 6)])
+def test_prompts_that_come_several_times_are_read_once(runs, copies):
+    prompts = [[i + 1, 7] for i, count in enumerate(runs) for _ in range(count)]
+    assert equal_neighbours(prompts) == copies
+
+
+def test_copies_side_by_side_are_completed_like_copies_far_apart(dense):
+    order = [0, 2, 1, 0, 1, 2]
+    apart = generate(dense, [PROMPTS[i] for i in order], SAMPLED, seed=4)
+    together = generate(dense, [prompt for prompt in PROMPTS for _ in range(2)], SAMPLED, seed=4)
+    assert [apart[i].token_ids for i in (0, 3, 2, 4, 1, 5)] == [completion.token_ids for completion in together]
