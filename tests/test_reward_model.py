@@ -76,7 +76,7 @@ def load(tmp_path):
     return load
 
 
-def score_alone(params, config, conversation, length=64):
+def score_alone(params, config, conversation, length=96):
     """The reward of one conversation, rendered by itself; padded so that all lengths share a program."""
     ids = np.asarray([render(TOKENIZER, conversation).token_ids])
     padding = ((0, 0), (0, length - ids.shape[1]))
@@ -203,8 +203,8 @@ def test_the_routers_loss_is_the_mean_over_the_tokens_of_each_pair(load):
     alone = []
     for row in PAIRS:
         sides = [render(TOKENIZER, row[side]).token_ids for side in ("chosen", "rejected")]
-        tokens = np.asarray([ids + [0] * (64 - len(ids)) for ids in sides])
-        real = np.arange(64) < np.asarray([[len(ids)] for ids in sides])
+        tokens = np.asarray([ids + [0] * (96 - len(ids)) for ids in sides])
+        real = np.arange(96) < np.asarray([[len(ids)] for ids in sides])
         losses = np.concatenate([forward_padded(tokens[i : i + 1], real[i : i + 1].astype(np.int32)) for i in (0, 1)])
         alone.append(losses[real].mean())
     assert means(metrics)["router_loss"] == pytest.approx(np.mean(alone), rel=1e-4)
@@ -394,7 +394,7 @@ def test_a_run_starts_from_a_language_model_and_another_goes_on_from_it(stage, t
     assert last["valid_accuracy"] == report["accuracy"]
     assert last["valid_brier"] == pytest.approx(report["brier"], rel=1e-4)
     evaluated = evaluate(capsys, first, stage.data)
-    assert report.items() <= {name: pytest.approx(value, rel=1e-4) for name, value in evaluated.items()}.items()
+    assert {name: evaluated[name] for name in report} == pytest.approx(report, rel=1e-4)
     assert evaluated["max_seq_len"] == 96 and evaluated["longer_than_window"] == 0
 
     again = stage(first, second, "--learning_rate", "0")
