@@ -76,7 +76,7 @@ def test_a_run_of_the_stage_scores_conversations_there_as_here(tmp_path, monkeyp
     pair = {side: [user, {"role": "assistant", "content": text}] for side, text in sides.items()}
     data.write_text(json.dumps(pair) + "\n")
     argv = ["--data_path", data, "--valid_path", data, "--cache_dir", tmp_path / "cache", "--max_seq_len", 96]
-    argv += ["--model_path", tmp_path / "lm", "--out_dir", tmp_path / "rm", "--batch_size", 1, "--steps", 4]
+    argv += ["--model_path", tmp_path / "lm", "--out_dir", tmp_path / "rm", "--batch_size", 2, "--steps", 4]
     monkeypatch.setattr(sys, "argv", ["train_rm", *map(str, argv), "--learning_rate", "1e-2"])
     assert train_rm.main() == 0
     margin = json.loads((tmp_path / "rm" / "report.json").read_text())["margin"]
