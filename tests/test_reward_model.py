@@ -1,4 +1,4 @@
-"""Reward models: the formula, the token that is read, margins, heads old and new, and what evaluation says of them."""
+"""Reward models: the formula, the token that is read, heads old and new, and what evaluation says of them."""
 
 import dataclasses
 import json
@@ -15,9 +15,9 @@ import minillm_jax as mj
 import train.evaluate
 from minillm_jax.chat import render
 from minillm_jax.config import ComputeConfig, ConfigError, ModelConfig
-from minillm_jax.data import DataError, PairRows, eval_batches, load_pairs
+from minillm_jax.data import eval_batches, load_pairs
 from minillm_jax.errors import UserError
-from minillm_jax.evaluation import calibration_error, preference_metrics
+from minillm_jax.evaluation import preference_metrics
 from minillm_jax.lm import LanguageModel
 from minillm_jax.model import forward, forward_hidden, init_params, param_axes
 from minillm_jax.preference import pair_scores, reward_pairs, whole_documents
@@ -211,90 +211,6 @@ def test_the_routers_loss_is_the_mean_over_the_tokens_of_each_pair(load):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Margins
-
-
-def test_margins_come_with_their_pairs_and_out_of_the_cache(load):
-    for _ in range(2):  # tokenised, and reused
-        rows, _ = load()
-        assert rows.margins.tolist() == [0.0, 1.5, -2.0, 0.25]
-        assert rows.gather([3, 0])["margin"].tolist() == [0.25, 0.0]
-        assert rows.gather([3, 0])["margin"].dtype == np.float32
-
-
-def test_margins_stay_with_pairs_that_are_set_aside_or_left_out(load):
-    many = [{"chosen": turns(f"x {i}", "y"), "rejected": turns(f"x {i}", "z"), "margin": i} for i in range(20)]
-    many[7] = {"chosen": turns("x " * 200, "y"), "rejected": turns("x " * 200, "z"), "margin": 7}
-    rows, valid = load(many, valid_fraction=0.3)
-    assert sorted([*rows.margins, *valid.margins]) == [i for i in range(20) if i != 7]
-    for part in (rows, valid):
-        for i, margin in enumerate(part.margins):
-            assert f"x {margin:.0f}" in TOKENIZER.decode(part.gather([i])["tokens"][0, 0].tolist())
-
-
-def test_without_margins_a_file_hashes_as_it_always_has(load):
-    plain = [{name: row[name] for name in ("chosen", "rejected")} for row in PAIRS]
-    rows, with_zeros = load(plain)[0], load([row | {"margin": 0} for row in plain], name="zeros.jsonl")[0]
-    assert isinstance(rows, PairRows) and rows.fingerprint() == with_zeros.fingerprint()
-    bare = dataclasses.replace(rows, documents=dataclasses.replace(rows.documents, margins=None))
-    assert bare.fingerprint() == rows.fingerprint() != load()[0].fingerprint()
-    assert bare.gather([1])["margin"].tolist() == [0.0]
-
-
-@pytest.mark.parametrize(
-    ("margin", "problem"),
-    [
-        ('"1"', "must be a number, not a string"),
-        ("true", "must be a number, not true"),
-        ("NaN", "must be a finite number, not the number nan"),
-        ("-Infinity", "must be a finite number, not the number -inf"),
-        ("1e39", "must be a finite number, not the number 1e+39"),
-        ("1" + 400 * "0", "must be a finite number, not the number 1"),
-    ],
-)
-def test_a_bad_margin_says_where_and_what(load, tmp_path, margin, problem):
-    path = tmp_path / "pairs.jsonl"
-    load(PAIRS[:2])
-    path.write_text(path.read_text() + json.dumps(PAIRS[0])[:-1] + f', "margin": {margin}}}\n')
-    with pytest.raises(DataError) as error:
-        load_pairs([str(path)], TOKENIZER, 128, cache_dir=str(tmp_path / "cache"))
-    assert str(error.value).startswith(f"{path}:3: margin: {problem}")
-
-
-def test_no_margin_may_be_written_as_null(load):
-    assert load([PAIRS[0] | {"margin": None}])[0].margins.tolist() == [0.0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is measured
-
-
-def test_metrics_of_pairs_count_ties_as_wrong_and_equal_lengths_as_half():
-    scores = np.asarray([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0], [5.0, 1.0]], np.float32)
-    lengths = np.asarray([[3, 2], [2, 2], [1, 4], [9, 1]])
-    found = preference_metrics(scores, lengths, calibration=True)
-    p = 1 / (1 + np.exp([-1.0, 3.0, 0.0, -4.0]))
-    assert found["accuracy"] == 0.5 and found["margin"] == 0.5 and found["rows"] == 4
-    assert found["longer_accuracy"] == (1 + 0.5 + 0 + 1) / 4
-    assert found["brier"] == pytest.approx(np.mean((1 - p) ** 2))
-    assert preference_metrics(scores, lengths, calibration=False).keys() == found.keys() - {
-        "brier",
-        "calibration_error",
-    }
-
-
-def test_calibration_error_is_the_gap_between_sure_and_right():
-    margin = math.log(0.72 / 0.28)  # 72 % sure
-    assert calibration_error(np.asarray([margin] * 72 + [-margin] * 28)) == pytest.approx(0, abs=1e-12)
-    assert calibration_error(np.asarray([margin] * 50 + [-margin] * 50)) == pytest.approx(0.22)
-    assert calibration_error(np.asarray([0.0, 0.0])) == 0
-    assert calibration_error(np.asarray([1e4, -1e4, 1e4, 1e4])) == pytest.approx(0.25)
-    # two bins that err in opposite ways do not cancel: 62 % sure and always right, 88 % sure and always wrong
-    a, b = math.log(0.62 / 0.38), math.log(0.88 / 0.12)
-    assert calibration_error(np.asarray([a, -b])) == pytest.approx((0.38 + 0.88) / 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Parameters: a new head, an old one, shardings
 
 
@@ -395,7 +311,7 @@ def test_a_run_starts_from_a_language_model_and_another_goes_on_from_it(stage, t
     assert last["valid_brier"] == pytest.approx(report["brier"], rel=1e-4)
     evaluated = evaluate(capsys, first, stage.data)
     assert {name: evaluated[name] for name in report} == pytest.approx(report, rel=1e-4)
-    assert evaluated["max_seq_len"] == 96 and evaluated["longer_than_window"] == 0
+    assert evaluated["max_seq_len"] == 96 and evaluated["rows_left_out"] == 0
 
     again = stage(first, second, "--learning_rate", "0")
     assert again == pytest.approx(report, rel=1e-5)
@@ -477,6 +393,17 @@ def test_a_reward_model_judges_pairs_by_its_rewards(data, tmp_path, capsys, load
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert found["tokens_processed"] == sum(len(render(TOKENIZER, r[s]).token_ids) for r in PAIRS for s in list(r)[:2])
     assert evaluate(capsys, path, data, "--limit", "2")["rows"] == 2
+
+
+def test_pairs_that_do_not_fit_are_left_out_of_an_evaluation_as_of_training(data, tmp_path, capsys):
+    wordy = {"chosen": turns("x " * 200, "y"), "rejected": turns("x " * 200, "z")}
+    data.write_text(json.dumps(wordy) + "\n" + data.read_text())
+    path = save(tmp_path / "rm", TINY, reward_model(TINY))
+    found = evaluate(capsys, path, data, "--max_seq_len", "120")
+    assert (found["rows"], found["rows_left_out"]) == (4, 1)
+    with pytest.raises(SystemExit):
+        evaluate(capsys, path, data, "--max_seq_len", "120", "--limit", "1")
+    assert "not one of its 1 pairs fits" in capsys.readouterr().err
 
 
 def test_bad_pairs_stop_an_evaluation_or_are_counted(data, tmp_path, capsys):
