@@ -33,7 +33,7 @@ from minillm_jax.data import PairRows, load_pairs
 from minillm_jax.evaluation import preference_metrics
 from minillm_jax.losses import Batch, LossFn, Metrics
 from minillm_jax.model import Params
-from minillm_jax.preference import pair_scores, reward_pairs, sum_pairs
+from minillm_jax.preference import pair_scores, reward_pairs, sum_pairs, whole_documents
 from minillm_jax.pretrained import load_params, read_model_config
 from minillm_jax.reward import reward_axes
 from minillm_jax.run import Run, open_run, run_job, write_atomically
@@ -114,8 +114,8 @@ def reward_pairs_loss(config: ModelConfig, compute: ComputeConfig, settings: Rew
             "longer_accuracy": 0.5 + 0.5 * jnp.sign(lengths[:, 0] - lengths[:, 1]),
             "brier": (jax.nn.sigmoid(chosen - rejected) - 1) ** 2,
         }
-        real = (batch["segment_ids"][..., 0] > 0).all(-1)
-        return sum_pairs(loss, per_pair, real, output, batch["segment_ids"])
+        _, segment_ids = whole_documents(batch)
+        return sum_pairs(loss, per_pair, (segment_ids[..., 0] > 0).all(-1), output, segment_ids)
 
     return loss_fn
 

@@ -100,6 +100,34 @@ def test_known_reference_log_probabilities_go_with_their_pairs(load):
     assert next(make_iterator(known, 3, seed=0))["tokens"].shape == (3, 2, rows.seq_len)
 
 
+MARGINS = [pair(), pair("x") | {"margin": 1.5}, pair("y") | {"margin": -2}, pair("z") | {"margin": None}]
+
+
+def test_margins_come_with_their_pairs_and_out_of_the_cache(load):
+    for _ in range(2):  # tokenised, and reused
+        rows, _, _ = load(MARGINS)
+        assert rows.margins.tolist() == [0.0, 1.5, -2.0, 0.0]
+        assert rows.gather([2, 0])["margin"].tolist() == [-2.0, 0.0]
+        assert rows.gather([2, 0])["margin"].dtype == np.float32
+
+
+def test_margins_stay_with_pairs_that_are_set_aside_or_left_out(load):
+    many = [pair(f"it was {i}") | {"margin": i} for i in range(20)]
+    many[7] = pair("the age of wisdom " * 40) | {"margin": 7}
+    rows, valid, _ = load(many, valid_fraction=0.3)
+    assert sorted([*rows.margins, *valid.margins]) == [i for i in range(20) if i != 7]
+    for part in (rows, valid):
+        for i, margin in enumerate(part.margins):
+            assert f"it was {margin:.0f}" in TOKENIZER.decode(part.gather([i])["tokens"][0, 0].tolist())
+
+
+def test_rows_without_margins_hash_as_if_there_were_none(load):
+    rows, zeros, others = (load([pair() | more])[0] for more in ({}, {"margin": 0}, {"margin": 1}))
+    bare = dataclasses.replace(rows, documents=dataclasses.replace(rows.documents, margins=None))
+    assert bare.fingerprint() == rows.fingerprint() == zeros.fingerprint() != others.fingerprint()
+    assert bare.gather([0])["margin"].tolist() == [0.0]
+
+
 BAD_ROWS = [
     (pair(chosen="the same", rejected="the same"), "rejected: is the same as chosen"),
     ({"chosen": pair("one")["chosen"], "rejected": pair("two")["rejected"]}, "rejected: has another prompt"),
@@ -108,6 +136,12 @@ BAD_ROWS = [
     ({"chosen": pair()["chosen"][1:], "rejected": pair()["rejected"][1:]}, "chosen: has no turn before the answer"),
     ({"chosen": pair()["chosen"]}, "rejected: is missing"),
     (pair() | {"rejected": pair()["rejected"][:1]}, "rejected[0].role: the last turn must be the assistant's"),
+    (pair() | {"margin": "1"}, "margin: must be a number, not a string"),
+    (pair() | {"margin": True}, "margin: must be a number, not true"),
+    (pair() | {"margin": float("nan")}, "margin: must be a finite number, not the number nan"),
+    (pair() | {"margin": float("-inf")}, "margin: must be a finite number, not the number -inf"),
+    (pair() | {"margin": 1e39}, "margin: must be a finite number, not the number 1e+39"),
+    (pair() | {"margin": 10**400}, "margin: must be a finite number, not the number 1000"),
 ]
 
 

@@ -16,12 +16,14 @@ import train.evaluate
 from minillm_jax.config import ModelConfig
 from minillm_jax.data.records import ChoiceRecord, ExactRecord, PairsRecord, PretrainRecord
 from minillm_jax.evaluation import (
+    calibration_error,
     encode_choices,
     evaluate_choice,
     evaluate_exact,
     evaluate_lm,
     evaluate_pairs,
     final_answer,
+    preference_metrics,
 )
 from minillm_jax.lm import Completion, LanguageModel
 from minillm_jax.model import forward, init_params
@@ -274,6 +276,31 @@ def test_only_a_few_wrong_answers_are_shown():
     replies = [Completion("b", [7], [0.0], "stop")]
     evaluate_exact(records, [[1]] * 50, lambda batch: replies * len(batch), batch_size=50, show=shown.append)
     assert len(shown) == 5
+
+
+def test_metrics_of_pairs_count_ties_as_wrong_and_equal_lengths_as_half():
+    scores = np.asarray([[2.0, 1.0], [0.0, 3.0], [1.0, 1.0], [5.0, 1.0]], np.float32)
+    lengths = np.asarray([[3, 2], [2, 2], [1, 4], [9, 1]])
+    found = preference_metrics(scores, lengths, calibration=True)
+    p = 1 / (1 + np.exp([-1.0, 3.0, 0.0, -4.0]))
+    assert found["accuracy"] == 0.5 and found["margin"] == 0.5 and found["rows"] == 4
+    assert found["longer_accuracy"] == (1 + 0.5 + 0 + 1) / 4
+    assert found["brier"] == pytest.approx(np.mean((1 - p) ** 2))
+    assert preference_metrics(scores, lengths, calibration=False).keys() == found.keys() - {
+        "brier",
+        "calibration_error",
+    }
+
+
+def test_calibration_error_is_the_gap_between_sure_and_right():
+    margin = math.log(0.72 / 0.28)  # 72 % sure
+    assert calibration_error(np.asarray([margin] * 72 + [-margin] * 28)) == pytest.approx(0, abs=1e-12)
+    assert calibration_error(np.asarray([margin] * 50 + [-margin] * 50)) == pytest.approx(0.22)
+    assert calibration_error(np.asarray([0.0, 0.0])) == 0
+    assert calibration_error(np.asarray([1e4, -1e4, 1e4, 1e4])) == pytest.approx(0.25)
+    # two bins that err in opposite ways do not cancel: 62 % sure and always right, 88 % sure and always wrong
+    a, b = math.log(0.62 / 0.38), math.log(0.88 / 0.12)
+    assert calibration_error(np.asarray([a, -b])) == pytest.approx((0.38 + 0.88) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """Stages as people run them: real commands in real processes, killed, interrupted, damaged and started again."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
+from stages import SHAPE, environment, execute, finished, kill_after, logged_step, measured, stage_command
 
 from minillm_jax.tokenizer import train_tokenizer
 
@@ -16,19 +15,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = "60"  # enough to be killed in the middle
 WORDS = ("the", "a", "cat", "dog", "sees", "finds", "red", "blue", "house", "tree", "and", "under", "small", "old")
-SHAPE = ["--hidden_size", "16", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--num_key_value_heads", "1"]
-RUN = [
-    "--batch_size",
-    "4",
-    "--max_seq_len",
-    "96",
-    "--log_interval",
-    "2",
-    "--eval_interval",
-    "5",
-    "--save_interval",
-    "3",
-]
 
 
 @pytest.fixture(scope="module")
@@ -48,43 +34,14 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def environment(corpus):
-    """The environment of a user: compiled with all optimisations, caches kept apart."""
-    env = dict(os.environ, MINILLM_CACHE=str(corpus / "cache"), PYTHONUNBUFFERED="1")
-    return {name: value for name, value in env.items() if name != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
-
-
 def command(corpus, stage, out_dir, *flags):
     start = ["--tokenizer_path", str(corpus / "tokenizer"), *SHAPE] if "--model_path" not in flags else []
     data = corpus / ("text.jsonl" if stage == "pretrain" else "chat.jsonl")
-    return [
-        sys.executable, "-m", f"train.{stage}", "--data_path", str(data), "--out_dir", str(out_dir), *start, *RUN,
-        *flags,
-    ]  # fmt: skip
+    return stage_command(f"train.{stage}", data, out_dir, *start, *flags)
 
 
 def run(corpus, stage, out_dir, *flags):
-    return subprocess.run(
-        command(corpus, stage, out_dir, *flags), env=environment(corpus), capture_output=True, text=True, timeout=280
-    )
-
-
-def finished(result):
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
-def measured(out_dir):
-    """What training measured, without what the clock says."""
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu", "time")} for row in rows]
-
-
-def logged_step(out_dir):
-    try:
-        return measured(out_dir)[-1]["step"]
-    except (OSError, IndexError, ValueError):
-        return 0
+    return execute(corpus, command(corpus, stage, out_dir, *flags))
 
 
 @pytest.fixture(scope="module")
@@ -107,17 +64,9 @@ def test_a_run_leaves_what_the_readme_promises(reference):
 
 def test_a_run_killed_again_and_again_measures_what_an_undisturbed_one_does(corpus, reference, tmp_path):
     rng = random.Random(1)
-    for attempt, target in enumerate([6, 20, 34]):
-        process = subprocess.Popen(
-            command(corpus, "pretrain", tmp_path / "run", "--steps", STEPS, "--dropout", "0.1"),
-            env=environment(corpus), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while logged_step(tmp_path / "run") < target and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(rng.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"attempt {attempt} ended before it could be killed"
+    for step in (6, 20, 34):
+        words = command(corpus, "pretrain", tmp_path / "run", "--steps", STEPS, "--dropout", "0.1")
+        kill_after(corpus, words, tmp_path / "run", step, delay=rng.random() * 0.05)
     finished(run(corpus, "pretrain", tmp_path / "run", "--steps", STEPS, "--dropout", "0.1"))
     assert measured(tmp_path / "run") == measured(reference)
 
@@ -156,9 +105,8 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(corp
 def test_eight_devices_measure_what_one_does(corpus, tmp_path, flags):
     alone, mesh = tmp_path / "alone", tmp_path / "mesh"
     finished(run(corpus, "pretrain", alone, "--steps", "4", *flags))
-    env = environment(corpus) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     spread = command(corpus, "pretrain", mesh, "--steps", "4", "--mesh", "data=2,fsdp=2,tensor=2", *flags)
-    finished(subprocess.run(spread, env=env, capture_output=True, text=True, timeout=800))
+    finished(execute(corpus, spread, timeout=800, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
     for ours, theirs in zip(measured(mesh), measured(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 

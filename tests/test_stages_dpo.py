@@ -1,14 +1,10 @@
 """train.dpo as people run it: from a run of SFT, killed and started again, with and without a cached reference."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
+from stages import SHAPE, execute, finished, kill_after, measured, stage_command
 
 from minillm_jax.tokenizer import train_tokenizer
 
@@ -16,9 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = "40"
 NOUNS = ("cat", "dog", "house", "tree", "river", "stone")
-SHAPE = ["--hidden_size", "16", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--num_key_value_heads", "1"]
-RUN = ["--batch_size", "4", "--max_seq_len", "96", "--log_interval", "2", "--eval_interval", "5",
-       "--save_interval", "3", "--valid_fraction", "0.1"]  # fmt: skip
+HELD_OUT = ["--valid_fraction", "0.1"]
 DPO = ["--learning_rate", "5e-3", "--dropout", "0.1", "--steps", STEPS]
 
 
@@ -45,39 +39,12 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def environment(corpus):
-    """The environment of a user: compiled with all optimisations, caches kept apart."""
-    env = dict(os.environ, MINILLM_CACHE=str(corpus / "cache"), PYTHONUNBUFFERED="1")
-    return {name: value for name, value in env.items() if name != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
-
-
 def command(corpus, stage, out_dir, *flags):
-    data = ["--data_path", str(corpus / f"{stage}.jsonl")]
-    return [sys.executable, "-m", f"train.{stage}", *data, "--out_dir", str(out_dir), *RUN, *flags]
+    return stage_command(f"train.{stage}", corpus / f"{stage}.jsonl", out_dir, *HELD_OUT, *flags)
 
 
 def run(corpus, stage, out_dir, *flags):
-    return subprocess.run(
-        command(corpus, stage, out_dir, *flags), env=environment(corpus), capture_output=True, text=True, timeout=280
-    )
-
-
-def finished(result):
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
-def measured(out_dir):
-    """What training measured, without what the clock says."""
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu", "time")} for row in rows]
-
-
-def logged_step(out_dir):
-    try:
-        return measured(out_dir)[-1]["step"]
-    except (OSError, IndexError, ValueError):
-        return 0
+    return execute(corpus, command(corpus, stage, out_dir, *flags))
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +68,9 @@ def test_dpo_starts_at_ln_2_and_learns_to_prefer_held_out_answers(reference):
 
 def test_a_run_killed_again_and_again_measures_what_an_undisturbed_one_does(corpus, reference, tmp_path):
     rng, flags = random.Random(1), ["--model_path", str(corpus / "sft"), *DPO]
-    for attempt, target in enumerate([1, 12, 24]):
-        process = subprocess.Popen(
-            command(corpus, "dpo", tmp_path / "run", *flags),
-            env=environment(corpus), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while logged_step(tmp_path / "run") < target and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(rng.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"attempt {attempt} ended before it could be killed"
+    for step in (1, 12, 24):
+        words = command(corpus, "dpo", tmp_path / "run", *flags)
+        kill_after(corpus, words, tmp_path / "run", step, delay=rng.random() * 0.05)
     finished(run(corpus, "dpo", tmp_path / "run", *flags))
     assert measured(tmp_path / "run") == measured(reference)
 
@@ -135,9 +94,8 @@ def test_losses_without_a_reference_need_none(corpus, tmp_path, loss_type):
 def test_eight_devices_measure_what_one_does(corpus, tmp_path):
     flags = ["--model_path", str(corpus / "moe"), "--steps", "4", "--accumulation_steps", "2"]
     finished(run(corpus, "dpo", tmp_path / "alone", *flags))
-    env = environment(corpus) | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     spread = command(corpus, "dpo", tmp_path / "mesh", "--mesh", "data=2,fsdp=2,tensor=2", *flags)
-    finished(subprocess.run(spread, env=env, capture_output=True, text=True, timeout=800))
+    finished(execute(corpus, spread, timeout=800, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
     for ours, theirs in zip(measured(tmp_path / "mesh"), measured(tmp_path / "alone"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
     assert measured(tmp_path / "alone")[0]["router_loss"] > 0

@@ -188,9 +188,12 @@ def _refuse_not_finite(scores: np.ndarray, config: EvaluateConfig) -> None:
 
 
 def _run_preferences(
-    config: EvaluateConfig, lm: LanguageModel, records: list[PreferenceRecord], report: SkipReport
+    config: EvaluateConfig, lm: LanguageModel, records: list[PreferenceRecord], console: Console, report: SkipReport
 ) -> Metrics:
-    """Score both answers of each pair: by their rewards, or by their log-probabilities given the prompt."""
+    """Score both answers of each pair: by their rewards, or by their log-probabilities given the prompt.
+
+    As in training answers are cut at their end, and pairs are left out of which nothing to compare remains.
+    """
     rewards = is_reward_model(lm.params)
     window = _window(config, lm)
     if rewards:  # which reads the last token as well
@@ -199,7 +202,7 @@ def _run_preferences(
     for record, error in encoded.bad:
         bad_row(record, chat_field_error(error), config.on_bad_row, report)
     _refuse_nothing(encoded.lengths, config)
-    rows = pair_rows(encoded, window)
+    rows = pair_rows(encoded, window, partial(console.print, markup=False, soft_wrap=True))
     mesh = make_mesh(config.mesh)
     params = jax.device_put(lm.params, tree_shardings(mesh, (reward_axes if rewards else param_axes)(lm.config)))
     score = reward_pairs if rewards else reference_logps
@@ -208,7 +211,7 @@ def _run_preferences(
     return {
         "max_seq_len": window,
         **preference_metrics(scores, rows.answer_lengths, calibration=rewards),
-        "longer_than_window": int((encoded.lengths > window + 1).sum()),
+        "rows_left_out": len(encoded.lengths) // 2 - len(rows),
         "tokens_processed": int(rows.documents.length.sum()),
     }
 
@@ -285,7 +288,7 @@ def evaluate(config: EvaluateConfig, lm: LanguageModel, console: Console) -> Met
     if config.task == "exact":
         metrics = _run_exact(config, lm, records, console, report)
     elif kind == "preference":
-        metrics = _run_preferences(config, lm, records, report)
+        metrics = _run_preferences(config, lm, records, console, report)
     else:
         metrics = _run_scoring(config, lm, records, console)
     seconds = time.perf_counter() - start

@@ -153,18 +153,25 @@ def load_pairs(
     return train, valid
 
 
-def pair_rows(encoded: Encoded, max_seq_len: int) -> PairRows:
-    """Make rows of every pair that was encoded, in memory: what is longer than a row is cut at its end.
+def pair_rows(encoded: Encoded, max_seq_len: int, report: Report = print) -> PairRows:
+    """Make rows of pairs that were encoded, in memory; what does not fit is cut or left out as by `load_pairs`.
 
     Args:
-        encoded: from `encode.encode_preference`, at least one pair.
+        encoded: from `encode.encode_preference`.
         max_seq_len: the most slots T of a row; rows are no longer than the longest pair needs.
+        report: receives lines for the screen.
+
+    Raises:
+        DataError: no pair fits.
     """
     starts = np.cumsum(encoded.lengths) - encoded.lengths
     masks = None if encoded.mask is None else (encoded.mask,)
     chunk = np.zeros(len(starts), np.int32)
-    documents = Documents((encoded.ids,), masks, chunk, starts, encoded.lengths, encoded.margins)
-    documents = documents.truncate(max_seq_len + 1)
+    whole = Documents((encoded.ids,), masks, chunk, starts, encoded.lengths, encoded.margins)
+    documents, fit = _fit(whole, max_seq_len + 1)
+    if not len(documents):
+        raise DataError(_nothing_fits(len(whole) // 2, max_seq_len))
+    fit.tell(max_seq_len + 1, report)
     seq_len = _row_length(int(documents.length.max()), max_seq_len)
     return PairRows(documents, seq_len, (Share(0, len(documents) // 2, 1.0),))
 
@@ -174,34 +181,61 @@ def _row_length(longest: int, max_seq_len: int) -> int:
     return min(max_seq_len, -(-(longest - 1) // LENGTH_STEP) * LENGTH_STEP)
 
 
+def _nothing_fits(pairs: int, max_seq_len: int) -> str:
+    return (
+        f"not one of its {pairs:,} pairs fits; --max_seq_len {max_seq_len} leaves no room for different answers behind "
+        "their prompts"
+    )
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How many pairs were cut, have no answer left, or have the same one."""
+
+    cut: int = 0
+    gone: int = 0
+    alike: int = 0
+
+    def __add__(self, other: _Fit) -> _Fit:
+        return _Fit(self.cut + other.cut, self.gone + other.gone, self.alike + other.alike)
+
+    def tell(self, limit: int, report: Report) -> None:
+        if self.cut:
+            cut = f"cut answers of {self.cut:,} pairs to {limit:,} tokens"
+            report(f"{cut}; a larger --max_seq_len would keep them whole")
+        if self.gone:
+            report(f"left out {self.gone:,} pairs whose prompt leaves no room for an answer in {limit:,} tokens")
+        if self.alike:
+            report(f"left out {self.alike:,} pairs whose answers are the same in their first {limit:,} tokens")
+
+
+def _fit(whole: Documents, limit: int) -> tuple[Documents, _Fit]:
+    """Cut documents to `limit` tokens and leave out pairs that this makes useless."""
+    store = whole.truncate(limit)
+    was_cut = np.any((whole.length > limit).reshape(-1, 2), axis=1)
+    empty = np.any((store.trained_tokens() == 0).reshape(-1, 2), axis=1)
+    same = np.zeros(len(was_cut), bool)
+    for pair in np.flatnonzero(was_cut & ~empty).tolist():
+        same[pair] = np.array_equal(_side(store, 2 * pair)[0], _side(store, 2 * pair + 1)[0])
+    keep = ~(empty | same)
+    fit = _Fit(int((was_cut & keep).sum()), int(empty.sum()), int(same.sum()))
+    return store.take(np.repeat(keep, 2)), fit
+
+
 def _usable(
     sources: Sequence[Source], stores: Sequence[Documents], max_seq_len: int, report: Report
 ) -> list[Documents]:
-    """Cut documents to the row length and leave out pairs that this makes useless."""
-    limit, cut, gone, alike, usable = max_seq_len + 1, 0, 0, 0, []
+    """Fit the pairs of each source to the row length."""
+    total, usable = _Fit(), []
     for source, whole in zip(sources, stores, strict=True):
-        store = whole.truncate(limit)
-        was_cut = np.any((whole.length > limit).reshape(-1, 2), axis=1)
-        empty = np.any((store.trained_tokens() == 0).reshape(-1, 2), axis=1)
-        same = np.zeros(len(was_cut), bool)
-        for pair in np.flatnonzero(was_cut & ~empty).tolist():
-            same[pair] = np.array_equal(_side(store, 2 * pair)[0], _side(store, 2 * pair + 1)[0])
-        keep = ~(empty | same)
-        if not len(keep):
+        if not len(whole):
             raise DataError(f"{source.path}: every row was skipped; there is nothing to learn from")
-        if not keep.any():
-            raise DataError(
-                f"{source.path}: not one of its {len(keep):,} pairs fits; --max_seq_len {max_seq_len} leaves no room "
-                "for different answers behind their prompts"
-            )
-        cut, gone, alike = cut + int((was_cut & keep).sum()), gone + int(empty.sum()), alike + int(same.sum())
-        usable.append(store.take(np.repeat(keep, 2)))
-    if cut:
-        report(f"cut answers of {cut:,} pairs to {limit:,} tokens; a larger --max_seq_len would keep them whole")
-    if gone:
-        report(f"left out {gone:,} pairs whose prompt leaves no room for an answer in {limit:,} tokens")
-    if alike:
-        report(f"left out {alike:,} pairs whose answers are the same in their first {limit:,} tokens")
+        store, fit = _fit(whole, max_seq_len + 1)
+        if not len(store):
+            raise DataError(f"{source.path}: {_nothing_fits(len(whole) // 2, max_seq_len)}")
+        total += fit
+        usable.append(store)
+    total.tell(max_seq_len + 1, report)
     return usable
 
 
