@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 
 from minillm_jax.chat import render
 from minillm_jax.config import ComputeConfig, ConfigError, ModelConfig
-from minillm_jax.model import Params, compute_dtype, param_axes
-from minillm_jax.pretrained import load_params, load_tokenizer, read_model_config
-from minillm_jax.reward import reward_scores
+from minillm_jax.model import Params, compute_dtype
+from minillm_jax.pretrained import holds_reward_model, load_params, load_tokenizer, read_model_config
+from minillm_jax.reward import reward_axes, reward_scores
 from minillm_jax.sampler import bucket
 from minillm_jax.sharding import data_parallelism, tree_shardings
 from minillm_jax.teacher import vocabulary_difference
@@ -119,23 +119,16 @@ def open_reward_model(
     if needed > config.max_position_embeddings:
         raise ConfigError(
             f"--reward_model_path {path} reads {config.max_position_embeddings} tokens, but prompts, completions and "
-            f"what closes them can have {needed}; lower --max_prompt_len or --max_new_tokens"
+            f"what closes them can have {needed}; lower --max_seq_len"
         )
-    axes = _reward_axes(config)
-    shardings = None if mesh is None else tree_shardings(mesh, axes)
-    _, params = load_params(path, dtype=compute_dtype(compute), shardings=shardings)
-    if "score" not in params:
+    if not holds_reward_model(path):
         raise ConfigError(
             f"--reward_model_path {path} is a language model, without a head that scores; make a reward model of it "
             "with python -m rl.train_rm"
         )
+    shardings = None if mesh is None else tree_shardings(mesh, reward_axes(config))
+    _, params = load_params(path, dtype=compute_dtype(compute), shardings=shardings)
     return RewardModel(params, config, frozenset(tokenizer.eos_token_ids), closing, mesh, compute)
-
-
-def _reward_axes(config: ModelConfig) -> Params:
-    """Name the axes of a reward model's parameters: a language model's, with the scalar head in place of the other."""
-    axes = {name: branch for name, branch in param_axes(config).items() if name != "lm_head"}
-    return axes | {"score": {"kernel": ("embed", None)}}
 
 
 def closing_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.data import Batch, DataError
 from minillm_jax.model import Params
-from minillm_jax.sampler import bucket, decode_stream
+from minillm_jax.sampler import decode_stream
 from minillm_jax.sampling import SamplingParams
 
 
@@ -108,7 +108,7 @@ def to_batch(rollout: Rollout) -> tuple[Batch, np.ndarray]:
     """
     rows = len(rollout.prompts)
     lengths = [len(p) + len(c) - 1 for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
-    width, drawn = bucket(max(lengths)), bucket(max(map(len, rollout.completions)), smallest=8)
+    width, drawn = _power_of_two(max(lengths), 32), _power_of_two(max(map(len, rollout.completions)), 8)
     batch: Batch = {name: np.zeros((rows, width), np.int32) for name in ("tokens", "segment_ids", "positions")}
     batch |= {"starts": np.asarray([len(prompt) - 1 for prompt in rollout.prompts], np.int32)}
     batch |= {"targets": np.zeros((rows, drawn), np.int32), "weights": np.zeros((rows, drawn), np.float32)}
@@ -121,6 +121,11 @@ def to_batch(rollout: Rollout) -> tuple[Batch, np.ndarray]:
         batch["weights"][i, : len(completion)] = 1.0
         logprobs[i, : len(completion)] = rollout.logprobs[i]
     return batch, logprobs
+
+
+def _power_of_two(length: int, smallest: int) -> int:
+    """Round up coarsely: each pair of T and C is a training step to compile, which takes as long as several steps."""
+    return max(smallest, 1 << (length - 1).bit_length())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,10 +38,11 @@ from minillm_jax.pretrained import load_params, read_model_config
 from minillm_jax.reward import reward_axes
 from minillm_jax.run import Run, open_run, run_job, write_atomically
 from minillm_jax.sharding import make_mesh, tree_shardings
+from rl.losses import reward_model_loss
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardModelConfig:
     """What is particular about reward models."""
 
     center_coef: float = 0.01
@@ -62,32 +63,11 @@ class TrainRmConfig:
     model: ModelConfig
     optim: OptimConfig = OptimConfig(weight_decay=0.0)
     compute: ComputeConfig = ComputeConfig()
-    reward: RewardConfig = RewardConfig()
+    reward: RewardModelConfig = RewardModelConfig()
     lora: LoraConfig = LoraConfig()
 
 
-def _bradley_terry(
-    chosen: jax.Array, rejected: jax.Array, margin: jax.Array | None = None, center_coef: float = 0.0
-) -> jax.Array:
-    """Loss of reward models, -log σ(r_w - r_l - m) + c (r_w + r_l)², elementwise.
-
-    The first term is InstructGPT's (arXiv:2203.02155, eq. 1) with the margin of Llama 2 (arXiv:2307.09288, eq. 2), the
-    second centres rewards (arXiv:2312.09244).
-
-    Args:
-        chosen: `[B]` rewards r_w.
-        rejected: `[B]` rewards r_l.
-        margin: `[B]` margins m; None is 0.
-        center_coef: c.
-
-    Returns:
-        `[B]`.
-    """
-    lead = chosen - rejected - (0.0 if margin is None else margin)
-    return -jax.nn.log_sigmoid(lead) + center_coef * (chosen + rejected) ** 2
-
-
-def reward_pairs_loss(config: ModelConfig, compute: ComputeConfig, settings: RewardConfig) -> LossFn:
+def reward_pairs_loss(config: ModelConfig, compute: ComputeConfig, settings: RewardModelConfig) -> LossFn:
     """Make the loss of a reward model: Bradley-Terry with margins, plus centring, plus the router's loss.
 
     The batch is `tokens targets weights segment_ids`, each `[B, 2, T]`, chosen before rejected, and `margin` `[B]`.
@@ -103,7 +83,7 @@ def reward_pairs_loss(config: ModelConfig, compute: ComputeConfig, settings: Rew
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         scores, output = pair_scores(params, config, compute, batch, key)
         chosen, rejected = scores[:, 0], scores[:, 1]
-        loss = _bradley_terry(chosen, rejected, batch["margin"], settings.center_coef)
+        loss = reward_model_loss(chosen, rejected, batch["margin"], settings.center_coef)
         lengths = batch["weights"].sum(-1)  # [B, 2]
         per_pair = {
             "loss": loss,

@@ -20,6 +20,8 @@ RUN = [
     "--save_interval",
     "3",
 ]
+CLOCK = {"tokens_per_second", "mfu", "rollout_tokens_per_second", "rollout_seconds", "update_seconds"}
+"""Metrics that depend on the machine."""
 
 
 def environment(corpus):
@@ -45,7 +47,7 @@ def finished(result):
 def measured(out_dir):
     """What training measured, without what the clock says."""
     rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu", "time")} for row in rows]
+    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
 
 
 def logged_step(out_dir):

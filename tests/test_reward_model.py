@@ -27,7 +27,8 @@ from minillm_jax.run import write_run
 from minillm_jax.sharding import make_mesh, tree_shardings
 from minillm_jax.trainer import accumulate_gradients
 from rl import train_rm
-from rl.train_rm import RewardConfig, reward_pairs_loss
+from rl.losses import reward_model_loss
+from rl.train_rm import RewardModelConfig, reward_pairs_loss
 from serve import chat
 
 TINY = ModelConfig(
@@ -107,7 +108,7 @@ def means(metrics):
 )
 def test_the_loss_is_bradley_terrys_with_margin_and_centring(chosen, rejected, margin, center, expected):
     arrays = [None if x is None else jnp.full(2, x) for x in (chosen, rejected, margin)]
-    loss = train_rm._bradley_terry(*arrays, center)
+    loss = reward_model_loss(*arrays, center)
     assert loss.shape == (2,)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
@@ -115,13 +116,13 @@ def test_the_loss_is_bradley_terrys_with_margin_and_centring(chosen, rejected, m
 @pytest.mark.parametrize("coefficient", [-0.1, math.nan])
 def test_a_negative_centring_is_refused(coefficient):
     with pytest.raises(ConfigError, match="--center_coef must not be negative"):
-        RewardConfig(center_coef=coefficient)
+        RewardModelConfig(center_coef=coefficient)
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_the_stages_loss_is_that_of_conversations_scored_one_by_one(load, config):
     rows, _ = load()
-    params, settings = reward_model(config), RewardConfig(center_coef=0.1)
+    params, settings = reward_model(config), RewardModelConfig(center_coef=0.1)
     rewards = np.asarray([[score_alone(params, config, row[side]) for side in ("chosen", "rejected")] for row in PAIRS])
     assert len(np.unique(rewards.round(3))) == 8  # they differ, so that a mix-up would show
     lead, lengths = rewards[:, 0] - rewards[:, 1], rows.answer_lengths
@@ -183,7 +184,7 @@ def test_pairs_score_in_a_batch_as_alone_whatever_the_padding(load, config):
 @pytest.mark.parametrize("config", [TINY, MODELS["moe"]], ids=["dense", "moe"])
 def test_accumulation_and_pairs_of_padding_change_nothing(load, config):
     rows, _ = load([*PAIRS, PAIRS[0]])
-    params, loss_fn = reward_model(config), reward_pairs_loss(config, COMPUTE, RewardConfig())
+    params, loss_fn = reward_model(config), reward_pairs_loss(config, COMPUTE, RewardModelConfig())
     key, whole = jax.random.key(0), rows.gather(range(5))
     *_, padded = eval_batches(rows, 8)
     grads, weight, sums = accumulate(loss_fn, params, None, whole, key, 1)
@@ -198,7 +199,7 @@ def test_accumulation_and_pairs_of_padding_change_nothing(load, config):
 def test_the_routers_loss_is_the_mean_over_the_tokens_of_each_pair(load):
     config, params = MODELS["moe"], reward_model(MODELS["moe"])
     rows, _ = load()
-    _, (_, metrics) = reward_pairs_loss(config, COMPUTE, RewardConfig())(params, None, rows.gather(range(4)), None)
+    _, (_, metrics) = reward_pairs_loss(config, COMPUTE, RewardModelConfig())(params, None, rows.gather(range(4)), None)
     forward_padded = jax.jit(lambda tokens, real: forward_hidden(params, config, tokens, segment_ids=real).router_loss)
     alone = []
     for row in PAIRS:

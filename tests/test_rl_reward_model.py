@@ -126,7 +126,7 @@ def test_a_model_that_does_not_fit_the_policy_is_refused(tmp_path, folder):
         open_reward_model(folder, other, max_seq_len=100)
     needed = 250 + len(closing_tokens(TOKENIZER)) - 1
     assert open_reward_model(folder, TOKENIZER, max_seq_len=256 - needed + 250)
-    with pytest.raises(ConfigError, match=r"reads 256 tokens, but prompts, .* can have 257; lower --max_prompt_len or"):
+    with pytest.raises(ConfigError, match=r"reads 256 tokens, but prompts, .* can have 257; lower --max_seq_len"):
         open_reward_model(folder, TOKENIZER, max_seq_len=257 - needed + 250)
     params = jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))
     export_hf(LanguageModel(TINY.resolved(), params, TOKENIZER), tmp_path / "lm")

@@ -1,4 +1,6 @@
-"""The whole chain on built-in data, in one command: tokenizer → pretrain → SFT → preferences, an adapter → report.
+"""The whole chain on built-in data, in one command: from raw text to a chat model that was rewarded for being right.
+
+Tokenizer → pretrain → SFT → preferences and an adapter beside it → reward model → PPO → GRPO → report.
 
     make demo            # or: python -m train.demo --out_dir out/demo
 
@@ -30,8 +32,8 @@ from minillm_jax.sampling import SamplingParams
 from train.demo_report import Preferences, StepRecord, write_report
 
 CONSOLE = Console(highlight=False)
-PAIRS, HELDOUT_PAIRS, NEW_SKILL, HELDOUT_NEW_SKILL = 1000, 280, 1000, 100
-"""Rows of the preference step and of the adapter step."""
+PAIRS, HELDOUT_PAIRS, NEW_SKILL, HELDOUT_NEW_SKILL, PROMPTS = 1000, 280, 1000, 100, 10_000
+"""Rows of the preference step, of the adapter step, and of reinforcement learning."""
 LIVE_QUESTIONS = (
     "Hello!",
     "What is 17 + 5?",
@@ -63,12 +65,16 @@ class Scale:
     sft: tuple[str, ...]
     dpo: tuple[str, ...]
     lora: tuple[str, ...]
+    rm: tuple[str, ...]
+    ppo: tuple[str, ...]
+    grpo: tuple[str, ...]
     conversations: int
     vocab_size: int
 
 
 # Small models learn these tasks several times faster with Muon, and with rotary frequencies made for short texts.
 FAST = ("--optimizer", "muon", "--learning_rate", "5e-3", "--schedule", "wsd", "--decay_ratio", "0.5")
+RL = ("--max_seq_len", "128", "--max_new_tokens", "24", "--valid_fraction", "0", "--eval_interval", "0")
 CPU = Scale(
     shape=(
         "--hidden_size", "128", "--num_hidden_layers", "3", "--num_attention_heads", "4",
@@ -79,6 +85,9 @@ CPU = Scale(
     # Preferences pull a little; the SFT term keeps right answers likely while wrong ones are pushed away.
     dpo=("--steps", "40", "--batch_size", "16", "--max_seq_len", "128", "--learning_rate", "2e-4", "--sft_weight", "1"),
     lora=("--steps", "50", "--batch_size", "4", "--max_seq_len", "256", "--learning_rate", "1e-2", "--lora_rank", "8"),
+    rm=("--steps", "60", "--batch_size", "16", "--max_seq_len", "128", "--learning_rate", "1e-3"),
+    ppo=("--steps", "32", "--batch_size", "128", *RL, "--learning_rate", "2e-4"),
+    grpo=("--steps", "16", "--batch_size", "24", *RL, "--learning_rate", "3e-4", "--algorithm", "dapo"),
     conversations=30_000,
     vocab_size=2048,
 )  # fmt: skip
@@ -88,6 +97,9 @@ ACCELERATOR = Scale(
     sft=("--steps", "3000", "--batch_size", "32", "--max_seq_len", "256"),
     dpo=("--steps", "300", "--batch_size", "64", "--max_seq_len", "128", "--sft_weight", "1"),
     lora=("--steps", "200", "--batch_size", "32", "--max_seq_len", "256", "--lora_rank", "8"),
+    rm=("--steps", "300", "--batch_size", "64", "--max_seq_len", "128", "--learning_rate", "1e-4"),
+    ppo=("--steps", "200", "--batch_size", "256", *RL, "--learning_rate", "3e-5"),
+    grpo=("--steps", "100", "--batch_size", "64", *RL, "--learning_rate", "3e-5", "--algorithm", "dapo"),
     conversations=400_000,
     vocab_size=6400,
 )
@@ -132,6 +144,7 @@ class Demo:
         builtin.write_eval(self.folder / "heldout.jsonl", self.config.questions, self.config.seed)
         builtin.write_preferences(self.folder / "pairs.jsonl", PAIRS, self.config.seed, "train")
         builtin.write_preferences(self.folder / "heldout_pairs.jsonl", HELDOUT_PAIRS, self.config.seed, "heldout")
+        builtin.write_prompts(self.folder / "prompts.jsonl", PROMPTS, self.config.seed)
         builtin.write_new_skill(self.folder / "new_skill.jsonl", NEW_SKILL, self.config.seed)
         builtin.write_eval(
             self.folder / "heldout_new_skill.jsonl", HELDOUT_NEW_SKILL, self.config.seed, builtin.NEW_FAMILIES
@@ -173,16 +186,16 @@ class Demo:
         after = self.evaluate("evaluation after SFT", "sft")
         preferences = self.prefer()
         skill = self.adapt()
+        accuracies = {"before SFT": before, "SFT": after, **self.reinforce()}
         CONSOLE.rule("[bold]a few live answers")
-        answers = live_answers(folder / "sft")
+        answers = live_answers(folder / "grpo")
         for question, answer in answers:
             CONSOLE.print(f"[bold]you[/]    {question}\n[bold cyan]model[/]  {answer}", soft_wrap=True)
-        report = write_report(folder, self.steps, before, after, answers, preferences, skill)
+        report = write_report(folder, self.steps, accuracies, answers, preferences, skill)
+        shown = ", ".join(f"{name} [bold green]{found['accuracy']:.1%}[/]" for name, found in accuracies.items())
         CONSOLE.rule("[bold]done")
         CONSOLE.print(
-            f"exact match on held-out questions: {before['accuracy']:.1%} before SFT, "
-            f"[bold green]{after['accuracy']:.1%}[/] after\nreport: {report}\n"
-            f"chat with it: {chat_command(folder)}",
+            f"exact match on held-out questions: {shown}\nreport: {report}\nchat with it: {chat_command(folder)}",
             soft_wrap=True,
         )
 
@@ -210,12 +223,33 @@ class Demo:
         )  # fmt: skip
         return before, self.evaluate("a new skill, with the adapter", "lora", questions)
 
+    def reinforce(self) -> dict[str, dict[str, Any]]:
+        """Go on from SFT: a reward model, PPO with it and with right answers, then GRPO; exact match after each."""
+        folder, scale, seed = self.folder, self.scale, ("--seed", str(self.config.seed))
+        prompts = ("--data_path", str(folder / "prompts.jsonl"))
+        self.run(
+            "reward model", "rl.train_rm", "--data_path", str(folder / "pairs.jsonl"),
+            "--valid_path", str(folder / "heldout_pairs.jsonl"), "--model_path", str(folder / "sft"),
+            "--out_dir", str(folder / "rm"), *scale.rm, *seed, produces=folder / "rm",
+        )  # fmt: skip
+        self.run(
+            "PPO", "rl.ppo", *prompts, "--model_path", str(folder / "sft"), "--out_dir", str(folder / "ppo"),
+            "--reward", "exact", "model:0.1", "--reward_model_path", str(folder / "rm"), *scale.ppo, *seed,
+            produces=folder / "ppo",
+        )  # fmt: skip
+        ppo = self.evaluate("evaluation after PPO", "ppo")
+        self.run(
+            "GRPO", "rl.grpo", *prompts, "--model_path", str(folder / "ppo"), "--out_dir", str(folder / "grpo"),
+            "--reward", "exact", *scale.grpo, *seed, produces=folder / "grpo",
+        )  # fmt: skip
+        return {"PPO": ppo, "GRPO": self.evaluate("evaluation after GRPO", "grpo")}
+
 
 def chat_command(folder: Path) -> str:
     """The command to talk to the model."""
     python = Path(sys.executable)
     shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
-    return f"{shown} -m serve.chat --model_path {folder / 'sft'}"
+    return f"{shown} -m serve.chat --model_path {folder / 'grpo'}"
 
 
 def live_answers(model: Path) -> list[tuple[str, str]]:

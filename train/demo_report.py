@@ -5,12 +5,12 @@ Records of the steps and two evaluations go in; the two files come out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillm_jax.metrics import read_metrics
+from minillm_jax.metrics import COLOURS, read_metrics
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,23 @@ class Preferences:
 def write_report(
     folder: Path,
     steps: Sequence[StepRecord],
-    before: dict[str, Any],
-    after: dict[str, Any],
+    accuracies: Mapping[str, dict[str, Any]],
     answers: Sequence[tuple[str, str]],
     preferences: Preferences,
     skill: tuple[dict[str, Any], dict[str, Any]],
 ) -> Path:
-    """Write `report.md` and `report.png` into `folder`; returns the path of the report."""
-    _draw(folder, before, after)
+    """Write `report.md` and `report.png` into `folder`; returns the path of the report.
+
+    `accuracies` are evaluations on the same held-out questions, by the stage that they follow, in order.
+    """
+    _draw(folder, accuracies)
+    last = list(accuracies.values())[-1]
     lines = [
         "# From raw text to a chat model",
         "",
-        f"Exact match on {after['rows']:,} held-out questions: **{before['accuracy']:.1%}** before SFT, "
-        f"**{after['accuracy']:.1%}** after.",
+        f"Exact match on {last['rows']:,} held-out questions: "
+        + ", ".join(f"{name} **{found['accuracy']:.1%}**" for name, found in accuracies.items())
+        + ".",
         "",
         f"Preferences: on {preferences.pairs:,} held-out pairs the right answer gained more on the SFT model than the "
         f"wrong one in **{preferences.accuracy:.1%}**, by {preferences.margin:.2f} on average.",
@@ -63,10 +67,12 @@ def write_report(
     ]
     lines += [_step_row(step) for step in steps]
     lines += ["", f"All steps: {sum(s.seconds for s in steps):.0f} seconds.", "", "## By kind of question", ""]
-    lines += ["| Kind | Before SFT | After SFT |", "|---|---:|---:|"]
+    lines += [f"| Kind | {' | '.join(accuracies)} |", "|---|" + "---:|" * len(accuracies)]
     lines += [
-        f"| {family} | {before['accuracy_by_family'][family]:.1%} | {accuracy:.1%} |"
-        for family, accuracy in after["accuracy_by_family"].items()
+        f"| {family} | "
+        + " | ".join(f"{found['accuracy_by_family'][family]:.1%}" for found in accuracies.values())
+        + " |"
+        for family in last["accuracy_by_family"]
     ]
     lines += ["", "## A few answers", "", "```"]
     for question, answer in answers:
@@ -91,13 +97,13 @@ def _step_row(step: StepRecord) -> str:
     return f"| {step.title} | {step.seconds:.0f} | {' | '.join(cells)} |"
 
 
-def _draw(folder: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+def _draw(folder: Path, accuracies: Mapping[str, dict[str, Any]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (loss_axes, bar_axes) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (loss_axes, bar_axes) = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
     start = 0
     for run, colour in (("pretrain", "#0072B2"), ("sft", "#D55E00")):
         rows = read_metrics(folder / run)
@@ -108,13 +114,14 @@ def _draw(folder: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
         start += rows[-1]["step"]
     loss_axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="Learning")
     loss_axes.legend(frameon=False)
-    before_by, after_by = before["accuracy_by_family"], after["accuracy_by_family"]
-    families = list(after_by)
-    positions = range(len(families))
-    bar_axes.barh([p + 0.2 for p in positions], [after_by[f] for f in families], 0.4, color="#D55E00")
-    bar_axes.barh([p - 0.2 for p in positions], [before_by[f] for f in families], 0.4, color="#0072B2")
-    bar_axes.set_yticks(list(positions), families)
-    bar_axes.set(xlim=(0, 1), xlabel="exact match", title="Held-out questions: before SFT (blue), after (orange)")
+    families = list(list(accuracies.values())[-1]["accuracy_by_family"])
+    height = 0.85 / len(accuracies)
+    for i, ((name, found), colour) in enumerate(zip(accuracies.items(), COLOURS, strict=False)):
+        places = [family + 0.4 - height * (i + 0.5) for family in range(len(families))]
+        bar_axes.barh(places, [found["accuracy_by_family"][f] for f in families], height, color=colour, label=name)
+    bar_axes.set_yticks(range(len(families)), families)
+    bar_axes.set(xlim=(0, 1), xlabel="exact match", title="Held-out questions")
+    figure.legend(*bar_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     for axes in (loss_axes, bar_axes):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "report.png", dpi=110)
