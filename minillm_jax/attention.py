@@ -1,6 +1,8 @@
 """Attention over packed, padded and cached tokens, behind one signature.
 
-A query sees a key when both belong to the same non-zero segment and the key's position is not later. Implementations
+A query sees a key when both belong to the same non-zero segment and the key's position is not later. A segment may have
+branches, whose ids are the segment's plus a multiple of `BRANCH`: they see the segment itself and their own tokens, not
+one another, so that several continuations of a text can share its beginning in one row. Implementations
 differ in speed only. The `xla` one works on blocks of queries and recomputes their probabilities in the backward pass
 (FlashAttention, arXiv:2205.14135), so that the scores of a long row never exist at once; without a cache, keys to the
 right of a block are not read at all.
@@ -16,6 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from minillm_jax.cache import BRANCH
 
 QUERY_BLOCK = 128
 CHECKPOINT_NAME = "attention"
@@ -80,9 +84,9 @@ def _scores(
     q: jax.Array, k: jax.Array, per_head: int, q_pos: jax.Array, k_pos: jax.Array, q_seg: jax.Array, k_seg: jax.Array
 ) -> jax.Array:
     """Masked float32 scores `[B, K, G * t, s]` of stacked queries `[B, K, G * t, H]` and keys `[B, K, s, H]`."""
-    visible = (
-        (q_seg[:, :, None] == k_seg[:, None, :]) & (k_pos[:, None, :] <= q_pos[:, :, None]) & (k_seg[:, None, :] > 0)
-    )  # [B, t, s]
+    own, trunk, key = q_seg[:, :, None], (q_seg & (BRANCH - 1))[:, :, None], k_seg[:, None, :]
+    same = (own == key) | (trunk == key)
+    visible = same & (k_pos[:, None, :] <= q_pos[:, :, None]) & (key > 0)  # [B, t, s]
     batch, length, keys = visible.shape
     visible = jnp.broadcast_to(visible[:, None, None], (batch, 1, per_head, length, keys))
     scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 
 from minillm_jax.config import ModelConfig
 
+BRANCH = 1 << 16
+"""Segment ids are smaller than this; branch n of segment s has the id s + n * BRANCH, see `attention`."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -399,6 +399,7 @@ def forward_hidden(
         tokens: `[B, T]` ints.
         positions: `[B, T]` position of each token within its segment; None counts from 0 (or from the cache's index).
         segment_ids: `[B, T]`; tokens see their own segment only, 0 is padding; None makes each row one segment.
+            Continuations of one beginning are branches of its segment, see `attention`.
         cache: past keys and values; the call's tokens are written behind them.
         dropout_key: turns dropout on, the adapter's included.
         compute: dtype, attention implementation, rematerialisation.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from minillm_jax.cache import BRANCH
 from minillm_jax.config import ModelConfig
 from minillm_jax.matmul import LowRank, grouped_matmul
 
@@ -77,7 +78,7 @@ def auxiliary_loss(
     total = jnp.maximum(real.sum(), 1.0)
     load, mean_scores = chosen.sum(0) / (total * config.num_experts_per_tok), scores.sum(0) / total
     if config.router_aux_loss_scope == "sequence":
-        groups = (segment_ids + (length + 1) * jnp.arange(batch)[:, None]).reshape(-1)
+        groups = (segment_ids % BRANCH + (length + 1) * jnp.arange(batch)[:, None]).reshape(-1)
         group_sum = functools.partial(jax.ops.segment_sum, segment_ids=groups, num_segments=batch * (length + 1))
         count = jnp.maximum(group_sum(real), 1.0)[:, None]
         share = group_sum(chosen) / (count * config.num_experts_per_tok)  # [B * (T + 1), E]

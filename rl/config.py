@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +48,9 @@ class RolloutConfig:
     """Of the sampling; log-probabilities in the loss are at the same temperature."""
     rollout_batch_size: int = 256
     """Completions drawn together."""
+    sampling_rounds: int = 4
+    """Rollouts that dynamic sampling draws for one update, at most; with 1 groups of equal rewards are left out and not
+    replaced (zero-variance filtering, arXiv:2510.13786)."""
     update_epochs: int = 1
     """Passes over each rollout."""
     minibatches: int = 1
@@ -66,32 +68,23 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
-        for name in ("max_new_tokens", "rollout_batch_size", "update_epochs", "minibatches"):
+        for name in ("max_new_tokens", "rollout_batch_size", "sampling_rounds", "update_epochs", "minibatches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if not self.temperature > 0:
             raise ConfigError(f"--temperature must be positive, not {self.temperature}: learning needs variety")
 
 
-def check_batch(prompts: int, completions: int, rollout: RolloutConfig, accumulation_steps: int, ways: int) -> int:
-    """Return the rows of one micro-batch.
-
-    Args:
-        prompts: per rollout.
-        completions: per prompt.
-        rollout: says into how many optimizer steps a rollout is split.
-        accumulation_steps: micro-batches of an optimizer step.
-        ways: devices that share the rows of a micro-batch.
+def check_batch(prompts: int, rollout: RolloutConfig, accumulation_steps: int, ways: int) -> int:
+    """Return into how many parts the prompts of a rollout are split: minibatches, micro-batches and devices.
 
     Raises:
-        ConfigError: the rows cannot be split evenly; the message says into what.
+        ConfigError: they cannot be split evenly; the message says what can.
     """
-    rows, parts = prompts * completions, rollout.minibatches * accumulation_steps * ways
-    if rows % parts:
-        step = parts // math.gcd(parts, completions)
+    parts = rollout.minibatches * accumulation_steps * ways
+    if prompts % parts:
         raise ConfigError(
-            f"a rollout of {prompts} prompts with {completions} completions each cannot be split into "
-            f"{rollout.minibatches} minibatches of {accumulation_steps} micro-batches over {ways} devices; "
-            f"use a multiple of {step} for --batch_size"
+            f"a rollout of {prompts} prompts cannot be split into {rollout.minibatches} minibatches of "
+            f"{accumulation_steps} micro-batches over {ways} devices; use a multiple of {parts} for --batch_size"
         )
-    return rows // (rollout.minibatches * accumulation_steps)
+    return parts

@@ -50,8 +50,6 @@ from rl.rollout import Rollout, read_rollout, rollout_file, sample_rollout, to_b
 from rl.task import RLConfig, Task
 
 ROLLOUTS = "rollouts"
-MAX_ROUNDS = 4
-"""Rollouts that dynamic sampling draws for one update, at most."""
 NOTHING_TO_LEARN = 10
 """Rollouts in a row without a difference in reward after which a warning is printed."""
 
@@ -65,7 +63,7 @@ class Experience:
 
     Attributes:
         rollout: B = P * G completions; those of one prompt stand together.
-        batch: see `rollout.to_batch`; the weights `[B, C]` mark the tokens to learn from.
+        batch: see `rollout.to_batch`; the weights mark the tokens to learn from.
         sampler_logprobs: `[B, C]`, that the tokens were drawn with.
         scored: rewards of the completions.
         indices: `[B]`, which prompt of the data each one answers.
@@ -81,16 +79,14 @@ class Experience:
 
     @property
     def rewards(self) -> np.ndarray:
-        """Total rewards `[P, G]`; one that failed counts as the mean of its group, where there is any other."""
-        total, ok = (array.reshape(-1, self.group_size) for array in (self.scored.total, self.scored.ok))
-        mean = (total * ok).sum(-1, keepdims=True) / np.maximum(ok.sum(-1, keepdims=True), 1)
-        return np.where(ok, total, mean).astype(np.float32)
+        """Total rewards `[P, G]`."""
+        return _totals(self.scored, self.group_size)
 
     @property
     def mask(self) -> np.ndarray:
         """`[B, C]`, 1 for every token that was drawn, to be learnt from or not."""
         lengths = np.asarray([len(completion) for completion in self.rollout.completions])
-        return (np.arange(self.batch["weights"].shape[1]) < lengths[:, None]).astype(np.float32)
+        return (np.arange(self.batch["weights"].shape[-1]) < lengths[:, None]).astype(np.float32)
 
 
 Weighed = tuple[dict[str, np.ndarray], dict[str, float], Controls]
@@ -178,12 +174,8 @@ class _Loop:
         self.config, self.tokenizer, self.folder = job.config, job.run.tokenizer, job.run.folder
         self.total = job.total_steps
         run, self.prompts_per_rollout = self.config.run, self.config.data.batch_size
-        self.micro_rows = check_batch(
-            self.prompts_per_rollout,
-            job.group_size,
-            self.config.rollout,
-            run.accumulation_steps,
-            data_parallelism(mesh),
+        self.parts = check_batch(
+            self.prompts_per_rollout, self.config.rollout, run.accumulation_steps, data_parallelism(mesh)
         )
         self.iterator = make_iterator(job.task.prompts, self.prompts_per_rollout, run.seed)
         self.controls: Controls = {"lr_scale": 1.0, "rollbacks": 0, **job.controls}
@@ -264,61 +256,78 @@ class _Loop:
     def _iterate(self) -> dict[str, float]:
         """Roll out, weigh, update; returns what was measured."""
         job, clock = self.job, time.perf_counter()
-        experience = self._collect()
+        experience, metrics, drawn = self._collect()
         rolled_out = time.perf_counter()
         measured = self._measured(experience.batch)
-        arrays, metrics, self.controls = job.weigh(experience, measured, self.controls)
-        metrics = _describe(experience, measured) | metrics
-        updates = self._update(experience.batch | arrays)
+        gap = np.abs(measured["logprobs"] - experience.sampler_logprobs) * experience.mask
+        arrays, weighed, self.controls = job.weigh(experience, measured, self.controls)
+        shape = experience.batch["weights"].shape
+        updates = self._update(experience.batch | {name: array.reshape(shape) for name, array in arrays.items()})
         if job.moved is not None:
             self.controls = job.moved(experience, measured, self._measured(experience.batch), self.controls)
-        metrics |= updates
         done = time.perf_counter()
-        metrics["rollout_tokens_per_second"] = experience.rollout.tokens / (rolled_out - clock)
-        metrics["tokens_per_second"] = float(np.count_nonzero(experience.batch["segment_ids"])) / (done - rolled_out)
-        metrics["rollout_seconds"], metrics["update_seconds"] = rolled_out - clock, done - rolled_out
-        return metrics
+        read = np.count_nonzero(experience.batch["segment_ids"])
+        return {
+            **metrics,
+            "logprob_gap": float(gap.max()),
+            **weighed,
+            **updates,
+            "rollout_tokens_per_second": drawn / (rolled_out - clock),
+            "tokens_per_second": updates["updates"] / self.config.rollout.minibatches * read / (done - rolled_out),
+            "rollout_seconds": rolled_out - clock,
+            "update_seconds": done - rolled_out,
+        }
 
-    def _collect(self) -> Experience:
-        """Draw prompts and completions and score them, again and again if sampling is dynamic."""
-        job, step = self.job, self.step
-        if self.config.rollout.replay is not None:
-            next(self.iterator)
-            rollout, answered = read_rollout(rollout_file(Path(self.config.rollout.replay), step))
-            return self._experience(rollout, np.asarray(answered), self._score(rollout, answered, job.task.prompts))
+    def _collect(self) -> tuple[Experience, dict[str, float], int]:
+        """Draw prompts and completions and score them, again and again if sampling is dynamic.
+
+        Returns:
+            What to learn from, metrics of all that was drawn, and the number of tokens drawn.
+        """
+        job, rollout_config, step = self.job, self.config.rollout, self.step
         rounds: list[tuple[Rollout, np.ndarray, Scored]] = []
         useful = 0
-        while useful < self.prompts_per_rollout and len(rounds) < MAX_ROUNDS:
+        while useful < self.prompts_per_rollout and len(rounds) < rollout_config.sampling_rounds:
             indices = np.repeat(np.asarray(next(self.iterator)["index"]), job.group_size)
-            rollout = self._sample(
-                indices, job.task.prompts, self.config.rollout.temperature, (self.config.run.seed, step, len(rounds))
-            )
+            if rollout_config.replay is not None:
+                rollout, answered = read_rollout(rollout_file(Path(rollout_config.replay), step))
+                indices = np.asarray(answered)
+            else:
+                seed = (self.config.run.seed, step, len(rounds))
+                rollout = self._sample(indices, job.task.prompts, rollout_config.temperature, seed)
             scored = self._score(rollout, indices, job.task.prompts)
             rounds.append((rollout, indices, scored))
-            if not job.dynamic_sampling:
+            if not job.dynamic_sampling or rollout_config.replay is not None:
                 break
-            useful += int(_differing(scored.total.reshape(-1, job.group_size)).sum())
-        rollout, indices, scored = _best_groups(rounds, job.group_size, self.prompts_per_rollout)
-        experience = self._experience(rollout, indices, scored)
-        if job.dynamic_sampling:  # groups that teach nothing are there to fill the batch and count nowhere
-            differing = np.repeat(_differing(experience.rewards), job.group_size)
-            experience.batch["weights"] *= differing[:, None]
-        return experience
+            useful += int(_differing(scored, job.group_size).sum())
+        rollouts, scores = [rollout for rollout, _, _ in rounds], [scored for _, _, scored in rounds]
+        metrics = _describe(rollouts, scores, job.group_size)
+        count = self.prompts_per_rollout
+        if job.dynamic_sampling:  # groups that teach nothing only fill up a batch of one of few sizes
+            unit = self.parts * math.ceil(count / (4 * self.parts))
+            count = min(count, unit * max(1, math.ceil(useful / unit)))
+        rollout, indices, scored = _best_groups(rounds, job.group_size, count)
+        if rollout_config.save_rollouts and rollout_config.replay is None:
+            self._write(rollout, indices, scored)
+        return self._experience(rollout, indices, scored), metrics, sum(rollout.tokens for rollout in rollouts)
 
     def _experience(self, rollout: Rollout, indices: np.ndarray, scored: Scored) -> Experience:
-        batch, logprobs = to_batch(rollout)
+        batch, logprobs = to_batch(rollout, self.job.group_size)
         keep = scored.ok & (rollout.finished | (not self.config.rollout.mask_truncated_completions))
-        batch["weights"] *= keep[:, None]
-        if self.config.rollout.save_rollouts and self.config.rollout.replay is None:
-            decode = self.tokenizer.decode
-            columns: dict[str, Sequence[Any]] = {
-                "prompt": [decode(ids) for ids in rollout.prompts],
-                "completion": [decode(ids) for ids in rollout.completions],
-                "reward": scored.total.tolist(),
-                **{f"reward/{name}": values.tolist() for name, values in scored.components.items()},
-            }
-            write_rollout(rollout_file(self.folder / ROLLOUTS, self.step), rollout, indices.tolist(), columns)
+        if self.job.dynamic_sampling:
+            keep &= np.repeat(_differing(scored, self.job.group_size), self.job.group_size)
+        batch["weights"] *= keep.reshape(-1, self.job.group_size, 1)
         return Experience(rollout, batch, logprobs, scored, indices, self.job.group_size)
+
+    def _write(self, rollout: Rollout, indices: np.ndarray, scored: Scored) -> None:
+        decode = self.tokenizer.decode
+        columns: dict[str, Sequence[Any]] = {
+            "prompt": [decode(ids) for ids in rollout.prompts],
+            "completion": [decode(ids) for ids in rollout.completions],
+            "reward": scored.total.tolist(),
+            **{f"reward/{name}": values.tolist() for name, values in scored.components.items()},
+        }
+        write_rollout(rollout_file(self.folder / ROLLOUTS, self.step), rollout, indices.tolist(), columns)
 
     def _sample(
         self, indices: Sequence[int] | np.ndarray, prompts: PromptRows, temperature: float, seed: tuple[int, ...]
@@ -355,10 +364,10 @@ class _Loop:
 
     def _measured(self, batch: HostBatch) -> dict[str, np.ndarray]:
         """Measure a rollout in pieces of a micro-batch."""
-        params, size = self.state["params"], self.micro_rows
-        pieces = []
-        for begin in range(0, len(batch["tokens"]), size):
-            piece = {name: array[begin : begin + size] for name, array in batch.items()}
+        params, pieces = self.state["params"], []
+        count = self.config.rollout.minibatches * self.config.run.accumulation_steps
+        for rows in np.split(np.arange(len(batch["tokens"])), count):
+            piece = {name: array[rows] for name, array in batch.items()}
             pieces.append(jax.device_get(self.measure(params, self.frozen, put_batch(piece, self.mesh))))
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
@@ -450,29 +459,53 @@ class _Loop:
         self.checkpointer.save(self.state, data_state, metrics)
 
 
-def _differing(rewards: np.ndarray) -> np.ndarray:
-    """`[P]` bool: which groups of rewards `[P, G]` are not all equal."""
-    return rewards.max(-1) > rewards.min(-1)
+def _totals(scored: Scored, group_size: int) -> np.ndarray:
+    """Total rewards `[P, G]`; one that failed counts as the mean of its group, where there is any other."""
+    total, ok = (array.reshape(-1, group_size) for array in (scored.total, scored.ok))
+    mean = (total * ok).sum(-1, keepdims=True) / np.maximum(ok.sum(-1, keepdims=True), 1)
+    return np.where(ok, total, mean).astype(np.float32)
+
+
+def _differing(scored: Scored, group_size: int) -> np.ndarray:
+    """`[P]` bool: in which groups not all rewards are equal."""
+    total, ok = (array.reshape(-1, group_size) for array in (scored.total, scored.ok))
+    return np.where(ok, total, -np.inf).max(-1) > np.where(ok, total, np.inf).min(-1)
 
 
 def _best_groups(
     rounds: Sequence[tuple[Rollout, np.ndarray, Scored]], group_size: int, count: int
 ) -> tuple[Rollout, np.ndarray, Scored]:
     """Take `count` groups out of several rounds: first, in the order drawn, those whose rewards differ."""
-    rollouts, indices, scored = zip(*rounds, strict=True)
-    total = np.concatenate([s.total for s in scored])
-    order = np.argsort(~_differing(total.reshape(-1, group_size)), kind="stable")[:count]
+    rollout = _join([rollout for rollout, _, _ in rounds])
+    scored = _join_scores([scored for _, _, scored in rounds])
+    order = np.argsort(~_differing(scored, group_size), kind="stable")[:count]
     rows = (order[:, None] * group_size + np.arange(group_size)).reshape(-1)
-    merged = [[item for r in rollouts for item in getattr(r, name)] for name in ("prompts", "completions", "logprobs")]
-    prompts, completions, logprobs = ([part[i] for i in rows] for part in merged)
-    finished = np.concatenate([r.finished for r in rollouts])[rows]
-    components = {name: np.concatenate([s.components[name] for s in scored])[rows] for name in scored[0].components}
-    ok = np.concatenate([s.ok for s in scored])[rows]
-    return (
-        Rollout(prompts, completions, logprobs, finished),
-        np.concatenate(indices)[rows],
-        Scored(total[rows], components, ok),
+    chosen = Rollout(
+        [rollout.prompts[i] for i in rows],
+        [rollout.completions[i] for i in rows],
+        [rollout.logprobs[i] for i in rows],
+        rollout.finished[rows],
     )
+    components = {name: values[rows] for name, values in scored.components.items()}
+    return (
+        chosen,
+        np.concatenate([indices for _, indices, _ in rounds])[rows],
+        Scored(scored.total[rows], components, scored.ok[rows]),
+    )
+
+
+def _join(rollouts: Sequence[Rollout]) -> Rollout:
+    return Rollout(
+        [prompt for rollout in rollouts for prompt in rollout.prompts],
+        [completion for rollout in rollouts for completion in rollout.completions],
+        [logprobs for rollout in rollouts for logprobs in rollout.logprobs],
+        np.concatenate([rollout.finished for rollout in rollouts]),
+    )
+
+
+def _join_scores(scores: Sequence[Scored]) -> Scored:
+    components = {name: np.concatenate([s.components[name] for s in scores]) for name in scores[0].components}
+    return Scored(np.concatenate([s.total for s in scores]), components, np.concatenate([s.ok for s in scores]))
 
 
 def _rewards(scored: Scored, rollout: Rollout) -> dict[str, float]:
@@ -484,14 +517,13 @@ def _rewards(scored: Scored, rollout: Rollout) -> dict[str, float]:
     }
 
 
-def _describe(experience: Experience, measured: dict[str, np.ndarray]) -> dict[str, float]:
-    """What a rollout was like, before anything was learnt from it."""
-    gap = np.abs(measured["logprobs"] - experience.sampler_logprobs) * experience.mask
+def _describe(rollouts: Sequence[Rollout], scores: Sequence[Scored], group_size: int) -> dict[str, float]:
+    """What rollouts were like, before anything was chosen and learnt from them."""
+    rollout, scored = _join(rollouts), _join_scores(scores)
     return {
-        **_rewards(experience.scored, experience.rollout),
-        "reward_std": float(experience.rewards.std()),
-        "zero_variance": float(1.0 - _differing(experience.rewards).mean()),
-        "logprob_gap": float(gap.max()),
+        **_rewards(scored, rollout),
+        "reward_std": float(_totals(scored, group_size).std()),
+        "zero_variance": float(1.0 - _differing(scored, group_size).mean()),
     }
 
 

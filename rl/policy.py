@@ -36,12 +36,14 @@ def read_tokens(
         key: turns dropout on.
 
     Returns:
-        Log-probabilities of the targets and entropies of their distributions, `[B, C]` float32, both at the
-        temperature; and what the model returned, with hidden states `[B, C, D]` and router losses `[B, C]`.
+        Log-probabilities of the targets and entropies of their distributions, `[B, C]` float32 with B = P * G, both at
+        the temperature; and what the model returned, with hidden states `[B, C, D]` and router losses `[B, C]`.
     """
     output = read_completions(params, config, compute, batch, key)
     # Logits are linear in the hidden states, so dividing these divides those.
-    logprobs, entropy = token_logprobs_and_entropy(params, config, output.hidden / temperature, batch["targets"])
+    logprobs, entropy = token_logprobs_and_entropy(
+        params, config, output.hidden / temperature, completions(batch["targets"])
+    )
     return logprobs, entropy, output
 
 
@@ -58,13 +60,19 @@ def read_completions(
         dropout_key=key,
         compute=compute,
     )
-    slots = batch["starts"][:, None] + jnp.arange(batch["targets"].shape[1])  # [B, C]
-    slots = jnp.minimum(slots, batch["tokens"].shape[1] - 1)  # behind a completion's end it does not matter which
-    hidden = jnp.take_along_axis(output.hidden, slots[..., None], axis=1)
+    rows = batch["slots"].shape[0]
+    slots = batch["slots"].reshape(rows, -1)  # [P, G * C]
+    shape = (-1, batch["slots"].shape[2])
+    hidden = jnp.take_along_axis(output.hidden, slots[..., None], axis=1).reshape(*shape, config.hidden_size)
     router_loss = output.router_loss
     if router_loss is not None:
-        router_loss = jnp.take_along_axis(router_loss, slots, axis=1)
+        router_loss = jnp.take_along_axis(router_loss, slots, axis=1).reshape(shape)
     return dataclasses.replace(output, hidden=hidden, router_loss=router_loss)
+
+
+def completions(array: jax.Array) -> jax.Array:
+    """`[P, G, C]` of groups to `[B, C]` of completions."""
+    return array.reshape(-1, array.shape[-1])
 
 
 def policy_terms(
@@ -82,17 +90,17 @@ def policy_terms(
         logprobs: `[B, C]` of the targets.
         entropy: `[B, C]`.
         output: what the model returned.
-        batch: `weights old_logprobs advantages`, `[B, C]` each, and `ref_logprobs` where there is a reference.
+        batch: `weights old_logprobs advantages`, `[P, G, C]` each, and `ref_logprobs` where there is a reference.
         max_new_tokens: longest completion.
     """
-    mask = batch["weights"]
+    mask = completions(batch["weights"])
     loss, (weight, metrics) = policy_loss(
         objective,
         logprobs,
-        batch["old_logprobs"],
-        batch["advantages"],
+        completions(batch["old_logprobs"]),
+        completions(batch["advantages"]),
         mask,
-        ref_logprobs=batch.get("ref_logprobs"),
+        ref_logprobs=completions(batch["ref_logprobs"]) if "ref_logprobs" in batch else None,
         entropy=entropy,
         max_new_tokens=max_new_tokens,
     )

@@ -41,7 +41,15 @@ from rl.config import PromptConfig, RLRunConfig, RolloutConfig
 from rl.health import HealthConfig
 from rl.loop import Controls, Experience, RLJob, Weighed, run_rl
 from rl.losses import KlEstimator, Objective, kl_estimate, value_loss
-from rl.policy import policy_terms, read_completions, read_tokens, reference_policy, require_model, with_loss
+from rl.policy import (
+    completions,
+    policy_terms,
+    read_completions,
+    read_tokens,
+    reference_policy,
+    require_model,
+    with_loss,
+)
 from rl.rewards import RewardConfig
 from rl.task import load_task
 
@@ -248,9 +256,8 @@ def ppo_loss(ppo: PpoConfig, parts: ActorCritic, max_new_tokens: int) -> LossFn:
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         read, values = parts.read(params, frozen, batch, key)
         loss, (weight, metrics) = policy_terms(ppo.objective, *read, batch, max_new_tokens)
-        critic_loss, (_, critic_metrics) = value_loss(
-            values, batch["old_values"], batch["returns"], batch["weights"], ppo.value_clip
-        )
+        old_values, returns, mask = (completions(batch[name]) for name in ("old_values", "returns", "weights"))
+        critic_loss, (_, critic_metrics) = value_loss(values, old_values, returns, mask, ppo.value_clip)
         return with_loss((loss + ppo.value_coef * critic_loss, (weight, metrics | critic_metrics)))
 
     return loss_fn

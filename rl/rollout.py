@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from minillm_jax.cache import BRANCH
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.data import Batch, DataError
 from minillm_jax.model import Params
@@ -95,31 +96,50 @@ def sample_rollout(
     return Rollout([list(prompt) for prompt in prompts], completions, logprobs, finished)
 
 
-def to_batch(rollout: Rollout) -> tuple[Batch, np.ndarray]:
+def to_batch(rollout: Rollout, group_size: int = 1) -> tuple[Batch, np.ndarray]:
     """Lay a rollout out for training, padded on the right.
 
-    Prompts are read and completions are learnt from, so only the latter need logits: what is said of their tokens
-    stands in arrays of their own, C tokens wide. T and C are each one of few lengths.
+    The G completions of a prompt stand behind it in one row, as branches that do not see one another (see `attention`),
+    so a prompt is read once, however many completions it has. Prompts are read and completions are learnt from: only
+    the latter's tokens need logits, and what is said of them stands in arrays of their own. T and C are each one of few
+    lengths.
+
+    Args:
+        rollout: B = P * G completions, those of one prompt side by side.
+        group_size: completions G per prompt.
 
     Returns:
-        `tokens segment_ids positions`, `[B, T]`; `starts` `[B]`, where in T the state stands that the first token of
-        the completion was drawn from; `targets weights`, `[B, C]`, the tokens of the completion. And the sampler's
+        `tokens segment_ids positions`, `[P, T]`; `slots` `[P, G, C]`, where in T the state stands that a completion's
+        token was drawn from; `targets weights`, `[P, G, C]`, the tokens of completions. And the sampler's
         log-probabilities `[B, C]` of them, 0 behind their end.
     """
-    rows = len(rollout.prompts)
-    lengths = [len(p) + len(c) - 1 for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
-    width, drawn = _power_of_two(max(lengths), 32), _power_of_two(max(map(len, rollout.completions)), 8)
-    batch: Batch = {name: np.zeros((rows, width), np.int32) for name in ("tokens", "segment_ids", "positions")}
-    batch |= {"starts": np.asarray([len(prompt) - 1 for prompt in rollout.prompts], np.int32)}
-    batch |= {"targets": np.zeros((rows, drawn), np.int32), "weights": np.zeros((rows, drawn), np.float32)}
-    logprobs = np.zeros((rows, drawn), np.float32)
-    for i, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):
-        batch["tokens"][i, : lengths[i]] = (prompt + completion)[:-1]
-        batch["segment_ids"][i, : lengths[i]] = 1
-        batch["positions"][i, : lengths[i]] = np.arange(lengths[i])
-        batch["targets"][i, : len(completion)] = completion
-        batch["weights"][i, : len(completion)] = 1.0
-        logprobs[i, : len(completion)] = rollout.logprobs[i]
+    completions = rollout.completions
+    prompts = rollout.prompts[::group_size]
+    drawn = _power_of_two(max(map(len, completions)), 8)
+    read = [len(prompt) for prompt in prompts]
+    for i, completion in enumerate(completions):
+        read[i // group_size] += len(completion) - 1  # nothing follows a last token
+    width = _power_of_two(max(read), 32)
+    batch: Batch = {name: np.zeros((len(prompts), width), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    batch |= {name: np.zeros((len(prompts), group_size, drawn), np.int32) for name in ("slots", "targets")}
+    batch["weights"] = np.zeros((len(prompts), group_size, drawn), np.float32)
+    logprobs = np.zeros((len(completions), drawn), np.float32)
+    for row, prompt in enumerate(prompts):
+        size = end = len(prompt)
+        batch["tokens"][row, :size], batch["segment_ids"][row, :size] = prompt, 1
+        batch["positions"][row, :size] = np.arange(size)
+        for member in range(group_size):
+            i = row * group_size + member
+            completion = completions[i]
+            place = slice(end, end + len(completion) - 1)
+            batch["tokens"][row, place] = completion[:-1]
+            batch["segment_ids"][row, place] = 1 + (member + 1) * BRANCH
+            batch["positions"][row, place] = size + np.arange(len(completion) - 1)
+            batch["slots"][row, member, : len(completion)] = [size - 1, *range(place.start, place.stop)]
+            batch["targets"][row, member, : len(completion)] = completion
+            batch["weights"][row, member, : len(completion)] = 1.0
+            logprobs[i, : len(completion)] = rollout.logprobs[i]
+            end = place.stop
     return batch, logprobs
 
 

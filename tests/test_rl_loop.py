@@ -171,9 +171,9 @@ def test_prompts_that_leave_no_room_are_refused(run, capsys):
 
 
 def test_rollouts_split_evenly_or_are_refused_with_a_size_that_would_do():
-    assert check_batch(16, 8, RolloutConfig(minibatches=4), 2, 1) == 16
+    assert check_batch(16, RolloutConfig(minibatches=4), 2, 1) == 8
     with pytest.raises(ConfigError, match="use a multiple of 3 for --batch_size"):
-        check_batch(4, 2, RolloutConfig(minibatches=3), 1, 1)
+        check_batch(4, RolloutConfig(minibatches=3), 1, 1)
 
 
 def test_dynamic_sampling_prefers_groups_that_teach():

@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from minillm_jax.cache import BRANCH
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.data import DataError
 from minillm_jax.model import init_params
-from rl.policy import read_tokens
+from rl.policy import completions, read_tokens
 from rl.rollout import Rollout, read_rollout, rollout_file, sample_rollout, to_batch, write_rollout
 
 DENSE = ModelConfig(
@@ -34,23 +35,40 @@ def test_trainer_finds_the_log_probabilities_that_were_sampled_with(config, temp
     rollout = sample(config, prompts, temperature=temperature)
     batch, logprobs = to_batch(rollout)
     params = init_params(config, jax.random.key(0))
-    found = read_tokens(params, config, ComputeConfig(), batch, temperature)[0] * batch["weights"]
+    found = read_tokens(params, config, ComputeConfig(), batch, temperature)[0] * completions(batch["weights"])
     assert np.abs(found - logprobs).max() < 1e-4
     assert len({len(c) for c in rollout.completions}) > 5  # rows of many lengths were padded
 
 
-def test_a_rollout_is_laid_out_as_targets_of_the_tokens_before():
-    rollout = Rollout([[5, 6, 7], [8]], [[9, 2], [10, 11, 12, 2]], [[-1.0, -2.0], [-3.0, -4.0, -5.0, -6.0]],
-                      np.asarray([True, True]))  # fmt: skip
-    batch, logprobs = to_batch(rollout)
-    assert batch["tokens"][:, :5].tolist() == [[5, 6, 7, 9, 0], [8, 10, 11, 12, 0]]
-    assert batch["starts"].tolist() == [2, 0]
-    assert batch["targets"][:, :5].tolist() == [[9, 2, 0, 0, 0], [10, 11, 12, 2, 0]]
-    assert batch["weights"][:, :5].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
-    assert batch["segment_ids"][:, :5].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]
-    assert batch["positions"][:, :5].tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 3, 0]]
-    assert logprobs[:, :5].tolist() == [[-1, -2, 0, 0, 0], [-3, -4, -5, -6, 0]]
-    assert not batch["weights"][:, 5:].any() and not logprobs[:, 5:].any()
+def test_a_rollout_is_laid_out_with_completions_as_branches_of_their_prompt():
+    rollout = Rollout([[5, 6, 7]] * 2 + [[8]] * 2, [[9, 2], [2], [10, 11, 12, 2], [13, 14]],
+                      [[-1.0, -2.0], [-7.0], [-3.0, -4.0, -5.0, -6.0], [-8.0, -9.0]], np.ones(4, bool))  # fmt: skip
+    batch, logprobs = to_batch(rollout, group_size=2)
+    one, two = 1 + BRANCH, 1 + 2 * BRANCH
+    assert batch["tokens"][:, :6].tolist() == [[5, 6, 7, 9, 0, 0], [8, 10, 11, 12, 13, 0]]
+    assert batch["segment_ids"][:, :6].tolist() == [[1, 1, 1, one, 0, 0], [1, one, one, one, two, 0]]
+    assert batch["positions"][:, :6].tolist() == [[0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 1, 0]]
+    assert batch["slots"][..., :4].tolist() == [[[2, 3, 0, 0], [2, 0, 0, 0]], [[0, 1, 2, 3], [0, 4, 0, 0]]]
+    assert batch["targets"][..., :4].tolist() == [[[9, 2, 0, 0], [2, 0, 0, 0]], [[10, 11, 12, 2], [13, 14, 0, 0]]]
+    assert batch["weights"][..., :4].tolist() == [[[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]]]
+    assert logprobs[:, :4].tolist() == [[-1, -2, 0, 0], [-7, 0, 0, 0], [-3, -4, -5, -6], [-8, -9, 0, 0]]
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+def test_completions_in_one_row_are_read_as_in_rows_of_their_own(config):
+    prompts = [prompt for prompt in random_prompts(np.random.default_rng(5), 3) for _ in range(4)]
+    rollout, params = sample(config, prompts), init_params(config, jax.random.key(0))
+    together, alone = to_batch(rollout, group_size=4)[0], to_batch(rollout)[0]
+
+    def total(params, batch):
+        logprobs = read_tokens(params, config, ComputeConfig(), batch, 0.7)[0]
+        return (logprobs * completions(batch["weights"])).sum()
+
+    results = [jax.value_and_grad(total)(params, batch) for batch in (together, alone)]
+    (sum_together, grads_together), (sum_alone, grads_alone) = results
+    assert float(sum_together) == pytest.approx(float(sum_alone), rel=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(grads_together), jax.tree.leaves(grads_alone), strict=True):
+        assert np.abs(ours - theirs).max() < 1e-4 * max(1.0, np.abs(theirs).max())
 
 
 def test_repeated_prompts_get_different_completions_even_across_batches():
