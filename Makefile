@@ -4,17 +4,19 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= out/demo
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-slow conformance golden lint types lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m train.demo --out_dir $(OUT)
 
+# Test files are shared out among processes: most of their time is compiling, which uses one core.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow and not conformance"
+	$(BIN)/python -m pytest -m "not slow and not conformance" $(PARALLEL)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 # Held against torch and transformers, live; and the stored numbers of tests/golden made anew.
 conformance: $(VENV)/.conformance

@@ -61,7 +61,7 @@ class GrpoConfig:
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     health: HealthConfig = HealthConfig()
-    optim: OptimConfig = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0)
+    optim: OptimConfig = OptimConfig(learning_rate=1e-4, schedule="constant", weight_decay=0.0)
     compute: ComputeConfig = ComputeConfig()
     lora: LoraConfig = LoraConfig()
 

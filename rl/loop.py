@@ -55,6 +55,8 @@ NOTHING_TO_LEARN = 10
 
 Controls = dict[str, Any]
 """What a run carries from rollout to rollout beside its train state; small, and saved as JSON with each checkpoint."""
+FIRST_CONTROLS: Controls = {"lr_scale": 1.0, "rollbacks": 0, "shape": [32, 8]}
+"""Factor on the learning rate, how often the run has gone back, and the T and C of its batches."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class _Loop:
             self.prompts_per_rollout, self.config.rollout, run.accumulation_steps, data_parallelism(mesh)
         )
         self.iterator = make_iterator(job.task.prompts, self.prompts_per_rollout, run.seed)
-        self.controls: Controls = {"lr_scale": 1.0, "rollbacks": 0, **job.controls}
+        self.controls: Controls = {**FIRST_CONTROLS, **job.controls}
         self.state, self.shardings, saved = self._open_state()
         if saved is not None:
             self.iterator.set_state(saved["iterator"])
@@ -303,8 +305,8 @@ class _Loop:
         rollouts, scores = [rollout for rollout, _, _ in rounds], [scored for _, _, scored in rounds]
         metrics = _describe(rollouts, scores, job.group_size)
         count = self.prompts_per_rollout
-        if job.dynamic_sampling:  # groups that teach nothing only fill up a batch of one of few sizes
-            unit = self.parts * math.ceil(count / (4 * self.parts))
+        if job.dynamic_sampling:  # groups that teach nothing only fill up half a batch or a whole one
+            unit = self.parts * math.ceil(count / (2 * self.parts))
             count = min(count, unit * max(1, math.ceil(useful / unit)))
         rollout, indices, scored = _best_groups(rounds, job.group_size, count)
         if rollout_config.save_rollouts and rollout_config.replay is None:
@@ -312,7 +314,9 @@ class _Loop:
         return self._experience(rollout, indices, scored), metrics, sum(rollout.tokens for rollout in rollouts)
 
     def _experience(self, rollout: Rollout, indices: np.ndarray, scored: Scored) -> Experience:
-        batch, logprobs = to_batch(rollout, self.job.group_size)
+        # Every shape is a step to compile, which takes as long as many steps do: lengths only ever grow.
+        batch, logprobs = to_batch(rollout, self.job.group_size, tuple(self.controls["shape"]))
+        self.controls = self.controls | {"shape": [batch["tokens"].shape[1], batch["weights"].shape[2]]}
         keep = scored.ok & (rollout.finished | (not self.config.rollout.mask_truncated_completions))
         if self.job.dynamic_sampling:
             keep &= np.repeat(_differing(scored, self.job.group_size), self.job.group_size)
@@ -420,7 +424,7 @@ class _Loop:
         healthy = int(state["step"])
         state["step"] = self.state["step"]  # the schedule and the names of checkpoints go on
         self.state = state
-        self.controls = {"lr_scale": 1.0, "rollbacks": 0, **self.job.controls} | (saved or {}).get("controls", {})
+        self.controls = {**FIRST_CONTROLS, **self.job.controls, **(saved or {}).get("controls", {})}
         self.controls["rollbacks"] += 1
         self.controls["lr_scale"] *= self.config.health.rollback_lr_factor
         self.train_step = self._make_step()

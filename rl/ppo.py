@@ -128,7 +128,7 @@ class PpoStageConfig:
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig(update_epochs=2, minibatches=2)
     health: HealthConfig = HealthConfig()
-    optim: OptimConfig = OptimConfig(learning_rate=1e-5, schedule="constant", weight_decay=0.0)
+    optim: OptimConfig = OptimConfig(learning_rate=1e-4, schedule="constant", weight_decay=0.0)
     compute: ComputeConfig = ComputeConfig()
     lora: LoraConfig = LoraConfig()
 

@@ -96,17 +96,17 @@ def sample_rollout(
     return Rollout([list(prompt) for prompt in prompts], completions, logprobs, finished)
 
 
-def to_batch(rollout: Rollout, group_size: int = 1) -> tuple[Batch, np.ndarray]:
+def to_batch(rollout: Rollout, group_size: int = 1, smallest: tuple[int, int] = (32, 8)) -> tuple[Batch, np.ndarray]:
     """Lay a rollout out for training, padded on the right.
 
     The G completions of a prompt stand behind it in one row, as branches that do not see one another (see `attention`),
     so a prompt is read once, however many completions it has. Prompts are read and completions are learnt from: only
-    the latter's tokens need logits, and what is said of them stands in arrays of their own. T and C are each one of few
-    lengths.
+    the latter's tokens need logits, and what is said of them stands in arrays of their own.
 
     Args:
         rollout: B = P * G completions, those of one prompt side by side.
         group_size: completions G per prompt.
+        smallest: least T and C; what is longer gets the next power of two, so that few shapes are ever compiled.
 
     Returns:
         `tokens segment_ids positions`, `[P, T]`; `slots` `[P, G, C]`, where in T the state stands that a completion's
@@ -115,11 +115,11 @@ def to_batch(rollout: Rollout, group_size: int = 1) -> tuple[Batch, np.ndarray]:
     """
     completions = rollout.completions
     prompts = rollout.prompts[::group_size]
-    drawn = _power_of_two(max(map(len, completions)), 8)
+    drawn = _power_of_two(max(map(len, completions)), smallest[1])
     read = [len(prompt) for prompt in prompts]
     for i, completion in enumerate(completions):
         read[i // group_size] += len(completion) - 1  # nothing follows a last token
-    width = _power_of_two(max(read), 32)
+    width = _power_of_two(max(read), smallest[0])
     batch: Batch = {name: np.zeros((len(prompts), width), np.int32) for name in ("tokens", "segment_ids", "positions")}
     batch |= {name: np.zeros((len(prompts), group_size, drawn), np.int32) for name in ("slots", "targets")}
     batch["weights"] = np.zeros((len(prompts), group_size, drawn), np.float32)
@@ -144,7 +144,6 @@ def to_batch(rollout: Rollout, group_size: int = 1) -> tuple[Batch, np.ndarray]:
 
 
 def _power_of_two(length: int, smallest: int) -> int:
-    """Round up coarsely: each pair of T and C is a training step to compile, which takes as long as several steps."""
     return max(smallest, 1 << (length - 1).bit_length())
 
 
