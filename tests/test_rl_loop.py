@@ -88,17 +88,24 @@ def test_grpo_learns_what_is_rewarded(run, folder):
 
 @pytest.mark.parametrize("flags", [[], ["--shared_trunk"]], ids=["critic", "shared_trunk"])
 def test_ppo_learns_what_is_rewarded_and_its_critic_to_expect_it(run, folder, flags):
-    status, rows = run(ppo, "--steps", "60", "--batch_size", "16", "--target_kl", "2", *flags)
+    status, rows = run(ppo, "--steps", "60", "--batch_size", "16", "--kl_coef", "0", *flags)
     assert status == 0
     rollouts = [row for row in rows if "reward" in row]
-    assert mean_reward(rollouts, slice(-3, None)) > 2 * mean_reward(rollouts, slice(3))
-    assert rollouts[0]["value"] == 0
-    last = rollouts[-3:]
-    returns = np.mean([row["reward"] - row["kl_coef"] * row["completion_kl"] for row in last])
-    assert np.mean([row["value"] for row in last]) == pytest.approx(returns, rel=0.5)
-    assert rollouts[0]["kl_coef"] == 0.05 and rollouts[-1]["kl_coef"] != 0.05
+    first, last = mean_reward(rollouts, slice(3)), mean_reward(rollouts, slice(-3, None))
+    assert last > 2 * first
+    assert rollouts[0]["value"] == 0  # a new head expects nothing
+    assert np.mean([row["value"] for row in rollouts[-3:]]) == pytest.approx(last, rel=0.5)
     params = load_params(folder / "out")[1]
     assert set(params) == set(init_params(MODEL, jax.random.key(0)))  # the critic is no part of the model
+
+
+def test_the_price_of_divergence_follows_its_target():
+    settings = ppo.PpoConfig(kl_coef=0.1, target_kl=5.0, kl_horizon=100.0)
+    assert ppo.adapted_kl_coef(settings, 0.1, 5.0, 10) == pytest.approx(0.1)
+    assert ppo.adapted_kl_coef(settings, 0.1, 5.5, 10) == pytest.approx(0.1 * 1.01)
+    assert ppo.adapted_kl_coef(settings, 0.1, 500.0, 10) == pytest.approx(0.1 * 1.02)  # the error is clipped
+    assert ppo.adapted_kl_coef(settings, 0.1, 0.0, 10) == pytest.approx(0.1 * 0.98)
+    assert ppo.adapted_kl_coef(ppo.PpoConfig(), 0.1, 500.0, 10) == 0.1
 
 
 @pytest.mark.slow
