@@ -33,7 +33,7 @@ from minillm_jax.config import (
     RunConfig,
     to_json,
 )
-from minillm_jax.data import Rows, TokenRows, load_rows
+from minillm_jax.data import PairRows, Rows, TokenRows, load_pairs, load_rows
 from minillm_jax.lm import LanguageModel
 from minillm_jax.lora import adapted_loss, adapter_axes, combine, init_adapter, target_paths
 from minillm_jax.losses import LossFn
@@ -365,6 +365,22 @@ def load_stage_rows(config: StageConfig, run: Run, kind: str) -> tuple[TokenRows
         kind,
         run.tokenizer,
         data.max_seq_len,
+        on_bad_row=data.on_bad_row,
+        cache_dir=data.cache_dir,
+        num_proc=data.num_proc,
+        seed=config.run.seed,
+        valid_fraction=data.valid_fraction,
+        valid_path=data.valid_path,
+    )
+
+
+def load_stage_pairs(config: StageConfig, run: Run, max_seq_len: int) -> tuple[PairRows, PairRows | None]:
+    """Tokenise the pairs that a stage's configuration names, for rows of at most this many slots; see `load_pairs`."""
+    data = config.data
+    return load_pairs(
+        data.data_path,
+        run.tokenizer,
+        max_seq_len,
         on_bad_row=data.on_bad_row,
         cache_dir=data.cache_dir,
         num_proc=data.num_proc,

@@ -28,8 +28,9 @@ from minillm_jax.run import open_run, what_to_train
 from rl.advantages import BASELINES, BetaTracker, kl_shaped_rewards, returns_to_go, single_stream, whiten
 from rl.algorithms import AlgorithmConfig
 from rl.config import PromptConfig, RLRunConfig, RolloutConfig
+from rl.experience import Experience
 from rl.health import HealthConfig
-from rl.loop import Controls, Experience, RLJob, Weighed, run_rl
+from rl.loop import Controls, RLJob, Weighed, run_rl
 from rl.losses import Objective, kl_estimate
 from rl.policy import policy_terms, read_tokens, reference_policy, require_model, with_loss
 from rl.rewards import RewardConfig

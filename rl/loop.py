@@ -44,6 +44,7 @@ from minillm_jax.trainer import (
     stop_on_signal,
 )
 from rl.config import check_batch
+from rl.experience import Experience, best_groups, differing, reward_metrics, rollout_metrics
 from rl.health import broken_bound
 from rl.rewards import Sample, Scored
 from rl.rollout import Rollout, read_rollout, rollout_file, sample_rollout, to_batch, write_rollout
@@ -57,38 +58,6 @@ Controls = dict[str, Any]
 """What a run carries from rollout to rollout beside its train state; small, and saved as JSON with each checkpoint."""
 FIRST_CONTROLS: Controls = {"lr_scale": 1.0, "rollbacks": 0, "shape": [32, 8]}
 """Factor on the learning rate, how often the run has gone back, and the T and C of its batches."""
-
-
-@dataclass(frozen=True)
-class Experience:
-    """A rollout with its rewards.
-
-    Attributes:
-        rollout: B = P * G completions; those of one prompt stand together.
-        batch: see `rollout.to_batch`; the weights mark the tokens to learn from.
-        sampler_logprobs: `[B, C]`, that the tokens were drawn with.
-        scored: rewards of the completions.
-        indices: `[B]`, which prompt of the data each one answers.
-        group_size: completions G per prompt.
-    """
-
-    rollout: Rollout
-    batch: HostBatch
-    sampler_logprobs: np.ndarray
-    scored: Scored
-    indices: np.ndarray
-    group_size: int
-
-    @property
-    def rewards(self) -> np.ndarray:
-        """Total rewards `[P, G]`."""
-        return _totals(self.scored, self.group_size)
-
-    @property
-    def mask(self) -> np.ndarray:
-        """`[B, C]`, 1 for every token that was drawn, to be learnt from or not."""
-        lengths = np.asarray([len(completion) for completion in self.rollout.completions])
-        return (np.arange(self.batch["weights"].shape[-1]) < lengths[:, None]).astype(np.float32)
 
 
 Weighed = tuple[dict[str, np.ndarray], dict[str, float], Controls]
@@ -301,14 +270,14 @@ class _Loop:
             rounds.append((rollout, indices, scored))
             if not job.dynamic_sampling or rollout_config.replay is not None:
                 break
-            useful += int(_differing(scored, job.group_size).sum())
+            useful += int(differing(scored, job.group_size).sum())
         rollouts, scores = [rollout for rollout, _, _ in rounds], [scored for _, _, scored in rounds]
-        metrics = _describe(rollouts, scores, job.group_size)
+        metrics = rollout_metrics(rollouts, scores, job.group_size)
         count = self.prompts_per_rollout
         if job.dynamic_sampling:  # groups that teach nothing only fill up half a batch or a whole one
             unit = self.parts * math.ceil(count / (2 * self.parts))
             count = min(count, unit * max(1, math.ceil(useful / unit)))
-        rollout, indices, scored = _best_groups(rounds, job.group_size, count)
+        rollout, indices, scored = best_groups(rounds, job.group_size, count)
         if rollout_config.save_rollouts and rollout_config.replay is None:
             self._write(rollout, indices, scored)
         return self._experience(rollout, indices, scored), metrics, sum(rollout.tokens for rollout in rollouts)
@@ -319,7 +288,7 @@ class _Loop:
         self.controls = self.controls | {"shape": [batch["tokens"].shape[1], batch["weights"].shape[2]]}
         keep = scored.ok & (rollout.finished | (not self.config.rollout.mask_truncated_completions))
         if self.job.dynamic_sampling:
-            keep &= np.repeat(_differing(scored, self.job.group_size), self.job.group_size)
+            keep &= np.repeat(differing(scored, self.job.group_size), self.job.group_size)
         batch["weights"] *= keep.reshape(-1, self.job.group_size, 1)
         return Experience(rollout, batch, logprobs, scored, indices, self.job.group_size)
 
@@ -444,7 +413,7 @@ class _Loop:
         indices = range(min(len(prompts), self.config.rollout.eval_prompts))
         rollout = self._sample(indices, prompts, 0.0, (self.config.run.seed,))
         scored = self._score(rollout, indices, prompts)
-        values = {f"valid_{name}": value for name, value in _rewards(scored, rollout).items()}
+        values = {f"valid_{name}": value for name, value in reward_metrics(scored, rollout).items()}
         self.valid_reward = (self.step, values["valid_reward"])
         self.logger.log(self.step, values)
 
@@ -461,74 +430,6 @@ class _Loop:
             metrics = {"valid_loss": -self.valid_reward[1]}  # the best checkpoint is the one with the lowest
         data_state = {"iterator": self.iterator.get_state(), "controls": self.controls}
         self.checkpointer.save(self.state, data_state, metrics)
-
-
-def _totals(scored: Scored, group_size: int) -> np.ndarray:
-    """Total rewards `[P, G]`; one that failed counts as the mean of its group, where there is any other."""
-    total, ok = (array.reshape(-1, group_size) for array in (scored.total, scored.ok))
-    mean = (total * ok).sum(-1, keepdims=True) / np.maximum(ok.sum(-1, keepdims=True), 1)
-    return np.where(ok, total, mean).astype(np.float32)
-
-
-def _differing(scored: Scored, group_size: int) -> np.ndarray:
-    """`[P]` bool: in which groups not all rewards are equal."""
-    total, ok = (array.reshape(-1, group_size) for array in (scored.total, scored.ok))
-    return np.where(ok, total, -np.inf).max(-1) > np.where(ok, total, np.inf).min(-1)
-
-
-def _best_groups(
-    rounds: Sequence[tuple[Rollout, np.ndarray, Scored]], group_size: int, count: int
-) -> tuple[Rollout, np.ndarray, Scored]:
-    """Take `count` groups out of several rounds: first, in the order drawn, those whose rewards differ."""
-    rollout = _join([rollout for rollout, _, _ in rounds])
-    scored = _join_scores([scored for _, _, scored in rounds])
-    order = np.argsort(~_differing(scored, group_size), kind="stable")[:count]
-    rows = (order[:, None] * group_size + np.arange(group_size)).reshape(-1)
-    chosen = Rollout(
-        [rollout.prompts[i] for i in rows],
-        [rollout.completions[i] for i in rows],
-        [rollout.logprobs[i] for i in rows],
-        rollout.finished[rows],
-    )
-    components = {name: values[rows] for name, values in scored.components.items()}
-    return (
-        chosen,
-        np.concatenate([indices for _, indices, _ in rounds])[rows],
-        Scored(scored.total[rows], components, scored.ok[rows]),
-    )
-
-
-def _join(rollouts: Sequence[Rollout]) -> Rollout:
-    return Rollout(
-        [prompt for rollout in rollouts for prompt in rollout.prompts],
-        [completion for rollout in rollouts for completion in rollout.completions],
-        [logprobs for rollout in rollouts for logprobs in rollout.logprobs],
-        np.concatenate([rollout.finished for rollout in rollouts]),
-    )
-
-
-def _join_scores(scores: Sequence[Scored]) -> Scored:
-    components = {name: np.concatenate([s.components[name] for s in scores]) for name in scores[0].components}
-    return Scored(np.concatenate([s.total for s in scores]), components, np.concatenate([s.ok for s in scores]))
-
-
-def _rewards(scored: Scored, rollout: Rollout) -> dict[str, float]:
-    """Means of the rewards and of the completions' form."""
-    return {
-        **scored.metrics(),
-        "completion_length": rollout.tokens / len(rollout.completions),
-        "eos_rate": float(rollout.finished.mean()),
-    }
-
-
-def _describe(rollouts: Sequence[Rollout], scores: Sequence[Scored], group_size: int) -> dict[str, float]:
-    """What rollouts were like, before anything was chosen and learnt from them."""
-    rollout, scored = _join(rollouts), _join_scores(scores)
-    return {
-        **_rewards(scored, rollout),
-        "reward_std": float(_totals(scored, group_size).std()),
-        "zero_variance": float(1.0 - _differing(scored, group_size).mean()),
-    }
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -38,8 +38,9 @@ from minillm_jax.reward import reward_axes, reward_shapes
 from minillm_jax.run import Trained, open_run, what_to_train
 from rl.advantages import explained_variance, gae, kl_shaped_rewards, whiten
 from rl.config import PromptConfig, RLRunConfig, RolloutConfig
+from rl.experience import Experience
 from rl.health import HealthConfig
-from rl.loop import Controls, Experience, RLJob, Weighed, run_rl
+from rl.loop import Controls, RLJob, Weighed, run_rl
 from rl.losses import KlEstimator, Objective, kl_estimate, value_loss
 from rl.policy import (
     completions,

@@ -29,14 +29,14 @@ from minillm_jax.config import (
     RunConfig,
     parse_cli,
 )
-from minillm_jax.data import PairRows, load_pairs
+from minillm_jax.data import PairRows
 from minillm_jax.evaluation import preference_metrics
 from minillm_jax.losses import Batch, LossFn, Metrics
 from minillm_jax.model import Params
 from minillm_jax.preference import pair_scores, reward_pairs, sum_pairs, whole_documents
 from minillm_jax.pretrained import load_params, read_model_config
 from minillm_jax.reward import reward_axes
-from minillm_jax.run import Run, open_run, run_job, write_atomically
+from minillm_jax.run import Run, load_stage_pairs, open_run, run_job, write_atomically
 from minillm_jax.sharding import make_mesh, tree_shardings
 from rl.losses import reward_model_loss
 
@@ -116,18 +116,8 @@ def main() -> int:
             raise ConfigError("--model_path is needed: a reward model starts from a model that knows the language")
         setup_jax()
         run = open_run(config)
-        data = config.data
-        train_rows, valid_rows = load_pairs(
-            data.data_path,
-            run.tokenizer,
-            min(data.max_seq_len, run.model.max_position_embeddings - 1),  # T + 1 tokens are read
-            on_bad_row=data.on_bad_row,
-            cache_dir=data.cache_dir,
-            num_proc=data.num_proc,
-            seed=config.run.seed,
-            valid_fraction=data.valid_fraction,
-            valid_path=data.valid_path,
-        )
+        longest = min(config.data.max_seq_len, run.model.max_position_embeddings - 1)  # T + 1 tokens are read
+        train_rows, valid_rows = load_stage_pairs(config, run, longest)
         loss_fn = reward_pairs_loss(run.model, config.compute, config.reward)
         status = run_job(config, run, loss_fn, train_rows, valid_rows, scored=True)
         if status == 0 and valid_rows is not None:

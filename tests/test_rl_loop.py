@@ -18,7 +18,7 @@ from minillm_jax.model import init_params
 from minillm_jax.run import write_run
 from rl import grpo, ppo
 from rl.config import RolloutConfig, check_batch
-from rl.loop import _best_groups
+from rl.experience import best_groups
 from rl.rewards import Scored
 from rl.rollout import Rollout
 
@@ -192,7 +192,7 @@ def test_dynamic_sampling_prefers_groups_that_teach():
         scored = Scored(np.asarray(rewards, np.float32), {"x": np.asarray(rewards, np.float32)}, np.ones(count, bool))
         return rollout, np.arange(first, first + count), scored
 
-    rollout, indices, scored = _best_groups([part([0, 0, 0, 1], 0), part([1, 0, 1, 1], 4)], group_size=2, count=2)
+    rollout, indices, scored = best_groups([part([0, 0, 0, 1], 0), part([1, 0, 1, 1], 4)], group_size=2, count=2)
     assert indices.tolist() == [2, 3, 4, 5]
     assert [prompt[0] for prompt in rollout.prompts] == [2, 3, 4, 5]
     assert scored.total.tolist() == [0, 1, 1, 0] and scored.components["x"].tolist() == [0, 1, 1, 0]

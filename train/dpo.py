@@ -32,12 +32,12 @@ from minillm_jax.config import (
     RunConfig,
     parse_cli,
 )
-from minillm_jax.data import PairRows, load_pairs
+from minillm_jax.data import PairRows
 from minillm_jax.model import Params, param_axes
 from minillm_jax.preference import PreferenceConfig, preference_loss, reference_logps
 from minillm_jax.preference import dpo_loss as dpo_loss
 from minillm_jax.pretrained import load_params, read_model_config
-from minillm_jax.run import Run, open_run, run_job
+from minillm_jax.run import Run, load_stage_pairs, open_run, run_job
 from minillm_jax.samples import answer_chats
 from minillm_jax.sharding import data_parallelism, make_mesh, tree_shardings
 
@@ -128,18 +128,7 @@ def main() -> int:
             raise ConfigError("--model_path is needed: preferences are learnt by a model that can already answer")
         setup_jax()
         run = open_run(config)
-        data = config.data
-        train_rows, valid_rows = load_pairs(
-            data.data_path,
-            run.tokenizer,
-            data.max_seq_len,
-            on_bad_row=data.on_bad_row,
-            cache_dir=data.cache_dir,
-            num_proc=data.num_proc,
-            seed=config.run.seed,
-            valid_fraction=data.valid_fraction,
-            valid_path=data.valid_path,
-        )
+        train_rows, valid_rows = load_stage_pairs(config, run, config.data.max_seq_len)
         parts = {"train": train_rows} | ({} if valid_rows is None else {"valid": valid_rows})
         needs_reference, online = config.preference.needs_reference, config.preference.reference == "online"
         if needs_reference and not online:
