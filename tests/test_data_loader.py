@@ -276,7 +276,7 @@ def test_the_screen_is_told_what_was_made_reused_skipped_and_how_full_rows_are(t
         == [
             "skipped 1 bad row(s):",
             "  1 x text: must be a string",
-            f"  the first: {path}:2: text: must be a string, not the number 1",
+            f"  the first: {path}:2: text: must be a string, not the number 1; write it in quotes",
             "left out 1 documents without a token to train on",
             f"training: {rows.describe()}",
         ]

@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ConfigError, DataError, TokenizerError, ChatError) as error:
         sys.exit(f"error: {error}")
     console.print(totals_table(totals, config.max_seq_len))
-    console.print("\n".join(report.lines()) or "skipped no rows", markup=False, highlight=False)
+    console.print("\n".join(report.lines()) or "skipped no rows", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
