@@ -32,7 +32,7 @@ from minillm_jax.sampling import SamplingParams
 from train.demo_report import Preferences, StepRecord, write_report
 
 CONSOLE = Console(highlight=False)
-PAIRS, HELDOUT_PAIRS, NEW_SKILL, HELDOUT_NEW_SKILL, PROMPTS = 1000, 280, 1000, 100, 10_000
+PAIRS, HELDOUT_PAIRS, NEW_SKILL, HELDOUT_NEW_SKILL, PROMPTS = 500, 140, 800, 60, 10_000
 """Rows of the preference step, of the adapter step, and of reinforcement learning."""
 LIVE_QUESTIONS = (
     "Hello!",
@@ -83,8 +83,8 @@ CPU = Scale(
     pretrain=("--steps", "250", "--batch_size", "8", "--max_seq_len", "256", *FAST),
     sft=("--steps", "2500", "--batch_size", "4", "--max_seq_len", "256", "--min_lr_ratio", "0.03", *FAST),
     # Preferences pull a little; the SFT term keeps right answers likely while wrong ones are pushed away.
-    dpo=("--steps", "40", "--batch_size", "16", "--max_seq_len", "128", "--learning_rate", "2e-4", "--sft_weight", "1"),
-    lora=("--steps", "50", "--batch_size", "4", "--max_seq_len", "256", "--learning_rate", "1e-2", "--lora_rank", "8"),
+    dpo=("--steps", "24", "--batch_size", "16", "--max_seq_len", "128", "--learning_rate", "3e-4", "--sft_weight", "1"),
+    lora=("--steps", "40", "--batch_size", "4", "--max_seq_len", "256", "--learning_rate", "1e-2", "--lora_rank", "8"),
     rm=("--steps", "60", "--batch_size", "16", "--max_seq_len", "128", "--learning_rate", "1e-3"),
     ppo=("--steps", "32", "--batch_size", "128", *RL, "--learning_rate", "2e-4"),
     grpo=("--steps", "16", "--batch_size", "24", *RL, "--learning_rate", "3e-4", "--algorithm", "dapo"),
