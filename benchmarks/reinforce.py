@@ -1,6 +1,6 @@
 """Does reinforcement learning learn? GRPO and PPO from one SFT model on the built-in tasks, for several seeds.
 
-    python benchmarks/rl.py --out_dir out/rl
+    python benchmarks/reinforce.py --out_dir out/rl
 
 It runs the stages themselves: a tokenizer, a short pretraining, an SFT run that stops early and without a decay of its
 learning rate, and from there GRPO and PPO with the exact-match reward; runs that are there already are resumed. One
