@@ -361,8 +361,10 @@ class _Loop:
         return _means(found) | {"updates": float(len(found))}
 
     def _watch(self, skipped: bool) -> None:
-        """Stop when no gradient is finite any more."""
+        """Say that a step was skipped, and stop when no gradient is finite any more."""
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            self.logger.print(f"a step's gradient is not finite; step skipped ({self.skipped_in_a_row} in a row)")
         if self.skipped_in_a_row >= self.config.run.max_skipped_steps:
             raise TrainingError(
                 f"{self.skipped_in_a_row} steps in a row had a non-finite gradient; lower --learning_rate, and look at "

@@ -5,6 +5,7 @@ Records of the steps and two evaluations go in; the two files come out.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def _draw(folder: Path, accuracies: Mapping[str, dict[str, Any]]) -> None:
     loss_axes.legend(frameon=False)
     families = list(list(accuracies.values())[-1]["accuracy_by_family"])
     height = 0.85 / len(accuracies)
-    for i, ((name, found), colour) in enumerate(zip(accuracies.items(), COLOURS, strict=False)):
+    for i, ((name, found), colour) in enumerate(zip(accuracies.items(), itertools.cycle(COLOURS), strict=False)):
         places = [family + 0.4 - height * (i + 0.5) for family in range(len(families))]
         bar_axes.barh(places, [found["accuracy_by_family"][f] for f in families], height, color=colour, label=name)
     bar_axes.set_yticks(range(len(families)), families)
