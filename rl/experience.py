@@ -18,7 +18,7 @@ class Experience:
 
     Attributes:
         rollout: B = P * G completions; those of one prompt stand together.
-        batch: see `rollout.to_batch`; the weights mark the tokens to learn from.
+        batch: see `layout.to_batch`; the weights mark the tokens to learn from.
         sampler_logprobs: `[B, C]`, that the tokens were drawn with.
         scored: rewards of the completions.
         indices: `[B]`, which prompt of the data each one answers.
@@ -35,7 +35,7 @@ class Experience:
     @property
     def rewards(self) -> np.ndarray:
         """Total rewards `[P, G]`."""
-        return totalreward_metrics(self.scored, self.group_size)
+        return total_rewards(self.scored, self.group_size)
 
     @property
     def mask(self) -> np.ndarray:
@@ -44,7 +44,7 @@ class Experience:
         return (np.arange(self.batch["weights"].shape[-1]) < lengths[:, None]).astype(np.float32)
 
 
-def totalreward_metrics(scored: Scored, group_size: int) -> np.ndarray:
+def total_rewards(scored: Scored, group_size: int) -> np.ndarray:
     """Total rewards `[P, G]`; one that failed counts as the mean of its group, where there is any other."""
     total, ok = (array.reshape(-1, group_size) for array in (scored.total, scored.ok))
     mean = (total * ok).sum(-1, keepdims=True) / np.maximum(ok.sum(-1, keepdims=True), 1)
@@ -57,26 +57,33 @@ def differing(scored: Scored, group_size: int) -> np.ndarray:
     return np.where(ok, total, -np.inf).max(-1) > np.where(ok, total, np.inf).min(-1)
 
 
-def best_groups(
-    rounds: Sequence[tuple[Rollout, np.ndarray, Scored]], group_size: int, count: int
-) -> tuple[Rollout, np.ndarray, Scored]:
-    """Take `count` groups out of several rounds: first, in the order drawn, those whose rewards differ."""
-    rollout = join([rollout for rollout, _, _ in rounds])
-    scored = join_scores([scored for _, _, scored in rounds])
-    order = np.argsort(~differing(scored, group_size), kind="stable")[:count]
-    rows = (order[:, None] * group_size + np.arange(group_size)).reshape(-1)
-    chosen = Rollout(
+Round = tuple[Rollout, np.ndarray, Scored]
+"""A rollout, which prompts it answers `[B]`, and its rewards."""
+
+
+def take_groups(drawn: Round, groups: np.ndarray, group_size: int) -> Round:
+    """Take groups out of a rollout, in the order given."""
+    rollout, indices, scored = drawn
+    rows = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
+    taken = Rollout(
         [rollout.prompts[i] for i in rows],
         [rollout.completions[i] for i in rows],
         [rollout.logprobs[i] for i in rows],
         rollout.finished[rows],
     )
     components = {name: values[rows] for name, values in scored.components.items()}
-    return (
-        chosen,
-        np.concatenate([indices for _, indices, _ in rounds])[rows],
-        Scored(scored.total[rows], components, scored.ok[rows]),
+    return taken, indices[rows], Scored(scored.total[rows], components, scored.ok[rows])
+
+
+def best_groups(rounds: Sequence[Round], group_size: int, count: int) -> Round:
+    """Take `count` groups out of several rounds: first, in the order drawn, those whose rewards differ."""
+    drawn = (
+        join([rollout for rollout, _, _ in rounds]),
+        np.concatenate([indices for _, indices, _ in rounds]),
+        join_scores([scored for _, _, scored in rounds]),
     )
+    order = np.argsort(~differing(drawn[2], group_size), kind="stable")[:count]
+    return take_groups(drawn, order, group_size)
 
 
 def join(rollouts: Sequence[Rollout]) -> Rollout:
@@ -109,6 +116,6 @@ def rollout_metrics(rollouts: Sequence[Rollout], scores: Sequence[Scored], group
     rollout, scored = join(rollouts), join_scores(scores)
     return {
         **reward_metrics(scored, rollout),
-        "reward_std": float(totalreward_metrics(scored, group_size).std()),
+        "reward_std": float(total_rewards(scored, group_size).std()),
         "zero_variance": float(1.0 - differing(scored, group_size).mean()),
     }

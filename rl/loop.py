@@ -44,10 +44,11 @@ from minillm_jax.trainer import (
     stop_on_signal,
 )
 from rl.config import check_batch
-from rl.experience import Experience, best_groups, differing, reward_metrics, rollout_metrics
+from rl.experience import Experience, Round, best_groups, differing, reward_metrics, rollout_metrics, take_groups
 from rl.health import broken_bound
+from rl.layout import Layout, balanced_order, group_sizes, groups_per_row, grown, to_batch
 from rl.rewards import Sample, Scored
-from rl.rollout import Rollout, read_rollout, rollout_file, sample_rollout, to_batch, write_rollout
+from rl.rollout import Rollout, read_rollout, rollout_file, sample_rollout, write_rollout
 from rl.task import RLConfig, Task
 
 ROLLOUTS = "rollouts"
@@ -56,8 +57,8 @@ NOTHING_TO_LEARN = 10
 
 Controls = dict[str, Any]
 """What a run carries from rollout to rollout beside its train state; small, and saved as JSON with each checkpoint."""
-FIRST_CONTROLS: Controls = {"lr_scale": 1.0, "rollbacks": 0, "shape": [32, 8]}
-"""Factor on the learning rate, how often the run has gone back, and the T and C of its batches."""
+FIRST_CONTROLS: Controls = {"lr_scale": 1.0, "rollbacks": 0}
+"""Factor on the learning rate, and how often the run has gone back; the `Layout` of its batches joins them."""
 
 
 Weighed = tuple[dict[str, np.ndarray], dict[str, float], Controls]
@@ -149,7 +150,8 @@ class _Loop:
             self.prompts_per_rollout, self.config.rollout, run.accumulation_steps, data_parallelism(mesh)
         )
         self.iterator = make_iterator(job.task.prompts, self.prompts_per_rollout, run.seed)
-        self.controls: Controls = {**FIRST_CONTROLS, **job.controls}
+        layout = dataclasses.astuple(Layout(length=self.config.rollout.max_new_tokens))
+        self.controls: Controls = {**FIRST_CONTROLS, "layout": layout, **job.controls}
         self.state, self.shardings, saved = self._open_state()
         if saved is not None:
             self.iterator.set_state(saved["iterator"])
@@ -256,7 +258,7 @@ class _Loop:
             What to learn from, metrics of all that was drawn, and the number of tokens drawn.
         """
         job, rollout_config, step = self.job, self.config.rollout, self.step
-        rounds: list[tuple[Rollout, np.ndarray, Scored]] = []
+        rounds: list[Round] = []
         useful = 0
         while useful < self.prompts_per_rollout and len(rounds) < rollout_config.sampling_rounds:
             indices = np.repeat(np.asarray(next(self.iterator)["index"]), job.group_size)
@@ -273,24 +275,25 @@ class _Loop:
             useful += int(differing(scored, job.group_size).sum())
         rollouts, scores = [rollout for rollout, _, _ in rounds], [scored for _, _, scored in rounds]
         metrics = rollout_metrics(rollouts, scores, job.group_size)
-        count = self.prompts_per_rollout
-        if job.dynamic_sampling:  # groups that teach nothing only fill up half a batch or a whole one
-            unit = self.parts * math.ceil(count / (2 * self.parts))
-            count = min(count, unit * max(1, math.ceil(useful / unit)))
-        rollout, indices, scored = best_groups(rounds, job.group_size, count)
+        rollout, indices, scored = best_groups(rounds, job.group_size, self.prompts_per_rollout)
         if rollout_config.save_rollouts and rollout_config.replay is None:
             self._write(rollout, indices, scored)
-        return self._experience(rollout, indices, scored), metrics, sum(rollout.tokens for rollout in rollouts)
+        return self._experience((rollout, indices, scored)), metrics, sum(rollout.tokens for rollout in rollouts)
 
-    def _experience(self, rollout: Rollout, indices: np.ndarray, scored: Scored) -> Experience:
-        # Every shape is a step to compile, which takes as long as many steps do: lengths only ever grow.
-        batch, logprobs = to_batch(rollout, self.job.group_size, tuple(self.controls["shape"]))
-        self.controls = self.controls | {"shape": [batch["tokens"].shape[1], batch["weights"].shape[2]]}
+    def _experience(self, drawn: Round) -> Experience:
+        size = self.job.group_size
+        sizes, _ = group_sizes(drawn[0], size)
+        layout = Layout(*self.controls["layout"])
+        layout = dataclasses.replace(layout, groups=layout.groups or groups_per_row(sizes, self.parts))
+        rollout, indices, scored = take_groups(drawn, balanced_order(sizes, layout.groups), size)
+        layout = grown(layout, rollout, size)
+        self.controls = self.controls | {"layout": dataclasses.astuple(layout)}
+        batch, logprobs = to_batch(rollout, size, layout)
         keep = scored.ok & (rollout.finished | (not self.config.rollout.mask_truncated_completions))
         if self.job.dynamic_sampling:
-            keep &= np.repeat(differing(scored, self.job.group_size), self.job.group_size)
-        batch["weights"] *= keep.reshape(-1, self.job.group_size, 1)
-        return Experience(rollout, batch, logprobs, scored, indices, self.job.group_size)
+            keep &= np.repeat(differing(scored, size), size)
+        batch["weights"] *= keep.reshape(*batch["weights"].shape[:2], 1)
+        return Experience(rollout, batch, logprobs, scored, indices, size)
 
     def _write(self, rollout: Rollout, indices: np.ndarray, scored: Scored) -> None:
         decode = self.tokenizer.decode
@@ -395,7 +398,7 @@ class _Loop:
         healthy = int(state["step"])
         state["step"] = self.state["step"]  # the schedule and the names of checkpoints go on
         self.state = state
-        self.controls = {**FIRST_CONTROLS, **self.job.controls, **(saved or {}).get("controls", {})}
+        self.controls |= FIRST_CONTROLS | self.job.controls | (saved or {}).get("controls", {})
         self.controls["rollbacks"] += 1
         self.controls["lr_scale"] *= self.config.health.rollback_lr_factor
         self.train_step = self._make_step()

@@ -14,6 +14,7 @@ from minillm_jax.losses import Batch, Metrics, token_logprobs_and_entropy
 from minillm_jax.model import ModelOutput, Params, forward_hidden, param_axes
 from minillm_jax.pretrained import load_params
 from minillm_jax.sharding import tree_shardings
+from rl.layout import by_completion, on_grid
 from rl.losses import Objective, aggregate, policy_loss
 
 
@@ -31,26 +32,25 @@ def read_tokens(
         params: of the policy.
         config: its shape.
         compute: dtype, attention implementation, rematerialisation.
-        batch: of a rollout, see `rollout.to_batch`.
+        batch: of a rollout, see `layout.to_batch`.
         temperature: that the tokens were drawn at.
         key: turns dropout on.
 
     Returns:
-        Log-probabilities of the targets and entropies of their distributions, `[B, C]` float32 with B = P * G, both at
-        the temperature; and what the model returned, with hidden states `[B, C, D]` and router losses `[B, C]`.
+        Log-probabilities of the targets and entropies of their distributions, `[B, C]` float32, both at the
+        temperature; and what `read_states` returns.
     """
-    output = read_completions(params, config, compute, batch, key)
+    output = read_states(params, config, compute, batch, key)
     # Logits are linear in the hidden states, so dividing these divides those.
-    logprobs, entropy = token_logprobs_and_entropy(
-        params, config, output.hidden / temperature, completions(batch["targets"])
-    )
+    flat = token_logprobs_and_entropy(params, config, output.hidden / temperature, batch["targets"])
+    logprobs, entropy = (on_grid(values, batch["grid"]) for values in flat)
     return logprobs, entropy, output
 
 
-def read_completions(
+def read_states(
     params: Params, config: ModelConfig, compute: ComputeConfig, batch: Batch, key: jax.Array | None = None
 ) -> ModelOutput:
-    """Read prompts and completions; keep the states `[B, C, *]` that the completions' tokens were drawn from."""
+    """Read prompts and completions; keep hidden states `[R, S, D]` and router losses `[R, S]` that tokens came from."""
     output = forward_hidden(
         params,
         config,
@@ -60,19 +60,10 @@ def read_completions(
         dropout_key=key,
         compute=compute,
     )
-    rows = batch["slots"].shape[0]
-    slots = batch["slots"].reshape(rows, -1)  # [P, G * C]
-    shape = (-1, batch["slots"].shape[2])
-    hidden = jnp.take_along_axis(output.hidden, slots[..., None], axis=1).reshape(*shape, config.hidden_size)
-    router_loss = output.router_loss
-    if router_loss is not None:
-        router_loss = jnp.take_along_axis(router_loss, slots, axis=1).reshape(shape)
+    states = batch["states"]
+    hidden = jnp.take_along_axis(output.hidden, states[..., None], axis=1)
+    router_loss = None if output.router_loss is None else jnp.take_along_axis(output.router_loss, states, axis=1)
     return dataclasses.replace(output, hidden=hidden, router_loss=router_loss)
-
-
-def completions(array: jax.Array) -> jax.Array:
-    """`[P, G, C]` of groups to `[B, C]` of completions."""
-    return array.reshape(-1, array.shape[-1])
 
 
 def policy_terms(
@@ -90,22 +81,23 @@ def policy_terms(
         logprobs: `[B, C]` of the targets.
         entropy: `[B, C]`.
         output: what the model returned.
-        batch: `weights old_logprobs advantages`, `[P, G, C]` each, and `ref_logprobs` where there is a reference.
+        batch: `weights old_logprobs advantages`, `[R, K * G, C]` each, and `ref_logprobs` where there is a reference.
         max_new_tokens: longest completion.
     """
-    mask = completions(batch["weights"])
+    mask = by_completion(batch["weights"])
     loss, (weight, metrics) = policy_loss(
         objective,
         logprobs,
-        completions(batch["old_logprobs"]),
-        completions(batch["advantages"]),
+        by_completion(batch["old_logprobs"]),
+        by_completion(batch["advantages"]),
         mask,
-        ref_logprobs=completions(batch["ref_logprobs"]) if "ref_logprobs" in batch else None,
+        ref_logprobs=by_completion(batch["ref_logprobs"]) if "ref_logprobs" in batch else None,
         entropy=entropy,
         max_new_tokens=max_new_tokens,
     )
     if output.router_loss is not None:
-        router_loss, router_weight = aggregate(objective.aggregation, output.router_loss, mask, max_new_tokens)
+        per_token = on_grid(output.router_loss, batch["grid"])
+        router_loss, router_weight = aggregate(objective.aggregation, per_token, mask, max_new_tokens)
         loss, metrics = loss + router_loss, metrics | {"router_loss": (router_loss, router_weight)}
     return loss, (weight, metrics)
 

@@ -40,17 +40,10 @@ from rl.advantages import explained_variance, gae, kl_shaped_rewards, whiten
 from rl.config import PromptConfig, RLRunConfig, RolloutConfig
 from rl.experience import Experience
 from rl.health import HealthConfig
+from rl.layout import by_completion, on_grid
 from rl.loop import Controls, RLJob, Weighed, run_rl
 from rl.losses import KlEstimator, Objective, kl_estimate, value_loss
-from rl.policy import (
-    completions,
-    policy_terms,
-    read_completions,
-    read_tokens,
-    reference_policy,
-    require_model,
-    with_loss,
-)
+from rl.policy import policy_terms, read_states, read_tokens, reference_policy, require_model, with_loss
 from rl.rewards import RewardConfig
 from rl.task import load_task
 
@@ -156,13 +149,13 @@ class ActorCritic:
     ) -> tuple[tuple[jax.Array, jax.Array, ModelOutput], jax.Array]:
         """Return what `read_tokens` says of the policy, and the critic's values `[B, C]` of the states before them."""
         read = read_tokens(self.policy(params, frozen), self.model, self.compute, batch, self.temperature, key)
-        if self.shared_trunk:
-            return read, _values(params[CRITIC], read[2].hidden)
-        return read, _values(params[CRITIC], read_completions(params[CRITIC], self.model, self.compute, batch).hidden)
+        critic = params[CRITIC]
+        output = read[2] if self.shared_trunk else read_states(critic, self.model, self.compute, batch)
+        return read, on_grid(_values(critic, output.hidden), batch["grid"])
 
 
 def _values(critic: Params, hidden: jax.Array) -> jax.Array:
-    """Apply the head to hidden states `[B, C, D]`; float32 `[B, C]`."""
+    """Apply the head to hidden states `[R, S, D]`; float32 `[R, S]`."""
     return matmul(hidden, critic["score"]["kernel"].astype(hidden.dtype))[..., 0].astype(jnp.float32)
 
 
@@ -257,7 +250,7 @@ def ppo_loss(ppo: PpoConfig, parts: ActorCritic, max_new_tokens: int) -> LossFn:
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         read, values = parts.read(params, frozen, batch, key)
         loss, (weight, metrics) = policy_terms(ppo.objective, *read, batch, max_new_tokens)
-        old_values, returns, mask = (completions(batch[name]) for name in ("old_values", "returns", "weights"))
+        old_values, returns, mask = (by_completion(batch[name]) for name in ("old_values", "returns", "weights"))
         critic_loss, (_, critic_metrics) = value_loss(values, old_values, returns, mask, ppo.value_clip)
         return with_loss((loss + ppo.value_coef * critic_loss, (weight, metrics | critic_metrics)))
 

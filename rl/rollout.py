@@ -1,4 +1,4 @@
-"""Rollouts: prompts go in; completions, and the log-probabilities that they were drawn with, come out as arrays.
+"""Rollouts: prompts go in; completions, and the log-probabilities that they were drawn with, come out.
 
 Sampling is the library's own. The log-probabilities are those of the very distribution that was drawn from,
 temperature included, so a trainer that computes them anew has to find the same numbers.
@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from minillm_jax.cache import BRANCH
 from minillm_jax.config import ComputeConfig, ModelConfig
-from minillm_jax.data import Batch, DataError
+from minillm_jax.data import DataError
 from minillm_jax.model import Params
 from minillm_jax.sampler import decode_stream
 from minillm_jax.sampling import SamplingParams
@@ -94,57 +93,6 @@ def sample_rollout(
     ends = set(eos_token_ids)
     finished = np.asarray([completion[-1] in ends for completion in completions])
     return Rollout([list(prompt) for prompt in prompts], completions, logprobs, finished)
-
-
-def to_batch(rollout: Rollout, group_size: int = 1, smallest: tuple[int, int] = (32, 8)) -> tuple[Batch, np.ndarray]:
-    """Lay a rollout out for training, padded on the right.
-
-    The G completions of a prompt stand behind it in one row, as branches that do not see one another (see `attention`),
-    so a prompt is read once, however many completions it has. Prompts are read and completions are learnt from: only
-    the latter's tokens need logits, and what is said of them stands in arrays of their own.
-
-    Args:
-        rollout: B = P * G completions, those of one prompt side by side.
-        group_size: completions G per prompt.
-        smallest: least T and C; what is longer gets the next power of two, so that few shapes are ever compiled.
-
-    Returns:
-        `tokens segment_ids positions`, `[P, T]`; `slots` `[P, G, C]`, where in T the state stands that a completion's
-        token was drawn from; `targets weights`, `[P, G, C]`, the tokens of completions. And the sampler's
-        log-probabilities `[B, C]` of them, 0 behind their end.
-    """
-    completions = rollout.completions
-    prompts = rollout.prompts[::group_size]
-    drawn = _power_of_two(max(map(len, completions)), smallest[1])
-    read = [len(prompt) for prompt in prompts]
-    for i, completion in enumerate(completions):
-        read[i // group_size] += len(completion) - 1  # nothing follows a last token
-    width = _power_of_two(max(read), smallest[0])
-    batch: Batch = {name: np.zeros((len(prompts), width), np.int32) for name in ("tokens", "segment_ids", "positions")}
-    batch |= {name: np.zeros((len(prompts), group_size, drawn), np.int32) for name in ("slots", "targets")}
-    batch["weights"] = np.zeros((len(prompts), group_size, drawn), np.float32)
-    logprobs = np.zeros((len(completions), drawn), np.float32)
-    for row, prompt in enumerate(prompts):
-        size = end = len(prompt)
-        batch["tokens"][row, :size], batch["segment_ids"][row, :size] = prompt, 1
-        batch["positions"][row, :size] = np.arange(size)
-        for member in range(group_size):
-            i = row * group_size + member
-            completion = completions[i]
-            place = slice(end, end + len(completion) - 1)
-            batch["tokens"][row, place] = completion[:-1]
-            batch["segment_ids"][row, place] = 1 + (member + 1) * BRANCH
-            batch["positions"][row, place] = size + np.arange(len(completion) - 1)
-            batch["slots"][row, member, : len(completion)] = [size - 1, *range(place.start, place.stop)]
-            batch["targets"][row, member, : len(completion)] = completion
-            batch["weights"][row, member, : len(completion)] = 1.0
-            logprobs[i, : len(completion)] = rollout.logprobs[i]
-            end = place.stop
-    return batch, logprobs
-
-
-def _power_of_two(length: int, smallest: int) -> int:
-    return max(smallest, 1 << (length - 1).bit_length())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
