@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def decode_chunk(
     compute: ComputeConfig,
     tempered: bool = False,
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """Draw `steps` tokens a row.
+    """Draw `steps` tokens a row, or fewer once all rows are done: a chunk that nobody needs costs nothing.
 
     Args:
         params: model parameters.
@@ -120,7 +121,7 @@ def decode_chunk(
     """
     heat = jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
 
-    def body(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
+    def body(state: DecodeState) -> tuple[DecodeState, jax.Array, jax.Array]:
         logits = state.logits
         if state.seen.shape[1]:
             logits = penalize_repetition(logits, state.seen, settings.repetition_penalty)
@@ -144,10 +145,19 @@ def decode_chunk(
             seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
         next_logits = unembed(params, config, output.hidden[:, 0])
         next_state = DecodeState(output.cache, next_logits, state.positions + 1, done, seen, state.keys, state.step + 1)
-        return next_state, (emitted, logprobs)
+        return next_state, emitted, logprobs
 
-    state, (tokens, logprobs) = jax.lax.scan(body, state, None, length=steps)
-    return state, tokens.T, logprobs.T
+    def draw(carry: tuple[jax.Array, DecodeState, jax.Array, jax.Array]) -> tuple[Any, ...]:
+        i, state, tokens, logprobs = carry
+        state, token, logprob = body(state)
+        return i + 1, state, tokens.at[:, i].set(token), logprobs.at[:, i].set(logprob)
+
+    shape = (state.done.shape[0], steps)
+    start = (jnp.int32(0), state, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    _, state, tokens, logprobs = jax.lax.while_loop(
+        lambda carry: (carry[0] < steps) & ~carry[1].done.all(), draw, start
+    )
+    return state, tokens, logprobs
 
 
 def bucket(length: int, smallest: int = 32) -> int:

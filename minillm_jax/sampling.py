@@ -6,6 +6,7 @@ Filters keep the most likely tokens up to a threshold that is found by bisection
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -120,6 +121,42 @@ def filter_logits(logits: jax.Array, settings: SamplingArrays) -> jax.Array:
     return jnp.where((probs >= floor[:, None]) & (probs > 0), logits, -jnp.inf)
 
 
+def categorical(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """Draw from softmax(logits) by inverting its cumulative distribution, first over blocks, then inside one.
+
+    One uniform number a row is enough; adding Gumbel noise takes one a token, which costs more than a small model.
+
+    Args:
+        logits: `[B, V]` float32; minus infinity is never drawn.
+        keys: `[B]` random keys.
+
+    Returns:
+        `[B]` int32 tokens.
+    """
+    rows, vocab = logits.shape
+    width = max(1, math.isqrt(vocab))
+    probs = jnp.exp(logits - logits.max(-1, keepdims=True))
+    blocks = jnp.pad(probs, ((0, 0), (0, -vocab % width))).reshape(rows, -1, width)
+    sums = blocks.sum(-1)
+    target = jax.vmap(jax.random.uniform)(keys) * sums.sum(-1)
+    block, before = _first_beyond(sums, target)
+    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [B, width]
+    return (block * width + _first_beyond(chosen, target - before)[0]).astype(jnp.int32)
+
+
+def _first_beyond(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Find where the running sum of `[B, n]` weights exceeds a target `[B]`, and the sum of what lies before it.
+
+    The place found always has a positive weight: where rounding leaves the target beyond the whole sum, it is the last.
+    """
+    sums, positive = jnp.cumsum(weights, axis=-1), weights > 0
+    beyond = positive & (sums > target[:, None])
+    last = weights.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)
+    place = jnp.where(beyond.any(-1), jnp.argmax(beyond, axis=-1), last)
+    reached, own = (jnp.take_along_axis(x, place[:, None], axis=-1)[:, 0] for x in (sums, weights))
+    return place, reached - own
+
+
 def sample(logits: jax.Array, keys: jax.Array, settings: SamplingArrays) -> jax.Array:
     """Draw one token a row.
 
@@ -137,7 +174,7 @@ def sample(logits: jax.Array, keys: jax.Array, settings: SamplingArrays) -> jax.
         scaled = logits / jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
         filtered = jnp.any((settings.top_k > 0) | (settings.top_p < 1.0) | (settings.min_p > 0))
         scaled = jax.lax.cond(filtered, lambda: filter_logits(scaled, settings), lambda: scaled)
-        drawn = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+        drawn = categorical(scaled, keys)
         return jnp.where(settings.temperature > 0, drawn, greedy)
 
     return jax.lax.cond(jnp.any(settings.temperature > 0), draw, lambda: greedy)

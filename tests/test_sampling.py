@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm_jax.sampling import SamplingParams, filter_logits, penalize_repetition, sample, sampling_arrays
+from minillm_jax.sampling import (
+    SamplingParams,
+    categorical,
+    filter_logits,
+    penalize_repetition,
+    sample,
+    sampling_arrays,
+)
 
 VOCAB = 12
 ROWS = 3  # one shape for all examples, so that each function is compiled once
@@ -127,6 +134,26 @@ def test_draws_follow_the_filtered_softmax(settings):
     frequencies = np.bincount(drawn, minlength=VOCAB) / DRAWS
     assert not frequencies[~kept].any()
     assert np.all(np.abs(frequencies - expected) <= 5 * np.sqrt(expected * (1 - expected) / DRAWS))
+
+
+def test_draws_from_a_wide_vocabulary_follow_the_softmax_block_by_block_and_within():
+    rng = np.random.default_rng(3)
+    logits = np.where(rng.random(1003) < 0.5, -np.inf, rng.normal(size=1003) * 2).astype(np.float32)
+    keys = jax.random.split(jax.random.key(4), DRAWS)
+    drawn = np.asarray(jax.jit(categorical)(jnp.broadcast_to(logits, (DRAWS, 1003)), keys))
+    probs = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    assert np.isfinite(logits[drawn]).all()
+    for cells in (np.arange(1003) // 31, np.arange(1003) % 31):  # where the blocks lie, and places inside them
+        expected = np.bincount(cells, probs) * DRAWS
+        found = np.bincount(cells[drawn], minlength=len(expected))
+        assert (np.abs(found - expected) <= 4.5 * np.sqrt(expected) + 1).all()
+
+
+@pytest.mark.parametrize("place", [0, 30, 31, 499, 1002])
+def test_the_only_token_left_is_drawn_wherever_it_stands(place):
+    logits = np.full((64, 1003), -np.inf, np.float32)
+    logits[:, place] = -7.0
+    assert (categorical(jnp.asarray(logits), jax.random.split(jax.random.key(5), 64)) == place).all()
 
 
 @pytest.mark.parametrize(
