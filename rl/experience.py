@@ -43,6 +43,11 @@ class Experience:
         lengths = np.asarray([len(completion) for completion in self.rollout.completions])
         return (np.arange(self.batch["weights"].shape[-1]) < lengths[:, None]).astype(np.float32)
 
+    @property
+    def learnt(self) -> np.ndarray:
+        """`[B, C]`, 1 for every token to learn from: completions that were left out do not sway the others."""
+        return self.batch["weights"].reshape(self.mask.shape)
+
 
 def total_rewards(scored: Scored, group_size: int) -> np.ndarray:
     """Total rewards `[P, G]`; one that failed counts as the mean of its group, where there is any other."""

@@ -87,7 +87,7 @@ def weigh(objective: Objective, experience: Experience, measured: dict[str, np.n
     if objective.baseline == "batch":
         inside = jnp.asarray(mask)
         per_token = kl_shaped_rewards(jnp.asarray(rewards.reshape(-1)), jnp.asarray(penalty), inside, 1.0)
-        advantages = whiten(returns_to_go(per_token, inside), inside)
+        advantages = whiten(returns_to_go(per_token, inside), jnp.asarray(experience.learnt))
     else:
         totals = jnp.asarray(rewards - penalty.sum(-1).reshape(rewards.shape))
         if objective.baseline == "spo":

@@ -198,7 +198,8 @@ def with_critic(config: PpoStageConfig, model: ModelConfig, trained: Trained) ->
 
 def weigh(ppo: PpoConfig, experience: Experience, measured: dict[str, np.ndarray], controls: Controls) -> Weighed:
     """Turn rewards into advantages and returns `[B, C]`, and adapt the KL coefficient for the next rollout."""
-    mask, scores = jnp.asarray(experience.mask), jnp.asarray(experience.rewards.reshape(-1))
+    mask, learnt = jnp.asarray(experience.mask), jnp.asarray(experience.learnt)
+    scores = jnp.asarray(experience.rewards.reshape(-1))
     logprobs, values = jnp.asarray(measured["logprobs"]), jnp.asarray(measured["values"])
     kl, metrics, arrays = jnp.zeros_like(mask), dict[str, float](), {"old_logprobs": measured["logprobs"]}
     if "ref_logprobs" in measured:
@@ -210,12 +211,12 @@ def weigh(ppo: PpoConfig, experience: Experience, measured: dict[str, np.ndarray
         controls = controls | {"kl_coef": adapted_kl_coef(ppo, controls["kl_coef"], completion_kl, len(scores))}
     rewards = kl_shaped_rewards(scores, kl, mask, metrics.get("kl_coef", 0.0))
     if ppo.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
+        rewards = whiten(rewards, learnt, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=ppo.gae_lambda)
-    metrics["explained_variance"] = float(explained_variance(values, returns, mask))
+    metrics["explained_variance"] = float(explained_variance(values, returns, learnt))
     metrics["value"] = float((values * mask).sum() / mask.sum())
     if ppo.whiten_advantages:
-        advantages = whiten(advantages, mask)
+        advantages = whiten(advantages, learnt)
     arrays |= {"old_values": measured["values"], "advantages": np.asarray(advantages), "returns": np.asarray(returns)}
     return arrays, metrics, controls
 
