@@ -27,6 +27,8 @@ from minillm_jax.sampling import SamplingArrays, SamplingParams, penalize_repeti
 
 CHUNK = 16
 """Decode steps per call of the device: enough to hide Python, few enough to stream smoothly."""
+SHRINKING_CHUNK = 8
+"""The same where ended rows are left behind after a chunk."""
 
 
 @jax.tree_util.register_dataclass
@@ -214,19 +216,23 @@ def equal_neighbours(prompts: Sequence[Sequence[int]]) -> int:
     return math.gcd(n, run)
 
 
-@functools.partial(jax.jit, static_argnames=("copies",))
-def repeat_rows(state: DecodeState, keys: jax.Array, *, copies: int) -> DecodeState:
-    """Repeat each of B rows, side by side, with a random key of its own: keys are `[B * copies]`."""
-    repeat = functools.partial(jnp.repeat, repeats=copies, axis=0)
-    cache = KVCache(
-        k=jnp.repeat(state.cache.k, copies, axis=1),
-        v=jnp.repeat(state.cache.v, copies, axis=1),
-        positions=repeat(state.cache.positions),
-        segment_ids=repeat(state.cache.segment_ids),
-        index=state.cache.index,
-    )
+@jax.jit
+def take_rows(state: DecodeState, rows: jax.Array, keys: jax.Array) -> DecodeState:
+    """Take `[n]` of the rows, some perhaps several times, and give them random keys `[n]`."""
     return DecodeState(
-        cache, repeat(state.logits), repeat(state.positions), repeat(state.done), repeat(state.seen), keys, state.step
+        KVCache(
+            k=state.cache.k[:, rows],
+            v=state.cache.v[:, rows],
+            positions=state.cache.positions[rows],
+            segment_ids=state.cache.segment_ids[rows],
+            index=state.cache.index,
+        ),
+        state.logits[rows],
+        state.positions[rows],
+        state.done[rows],
+        state.seen[rows],
+        keys,
+        state.step,
     )
 
 
@@ -240,10 +246,13 @@ def decode_stream(
     seed: int = 0,
     compute: ComputeConfig = ComputeConfig(),
     tempered: bool = False,
+    shrink: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Generate chunk by chunk for a batch of prompts; log-probabilities are those of `decode_chunk`.
 
-    The next chunk is dispatched before the last one is read, so the device does not wait for the consumer.
+    Either the next chunk is dispatched before the last one is read, so that the device does not wait for the consumer,
+    or with `shrink` rows that have ended are left behind once they are three quarters of the batch. The latter suits
+    large batches that nobody watches; each size is compiled once.
 
     Yields:
         Tokens `[B, n]` int32, -1 after a row's end or last position, and their log-probabilities `[B, n]`.
@@ -252,44 +261,75 @@ def decode_stream(
         ValueError: see `check_prompts`.
     """
     budgets = check_prompts(prompts, config, sampling.max_new_tokens)
-    budget = int(budgets.max())
-    rows, copies = len(prompts), equal_neighbours(prompts)
+    budget, rows = int(budgets.max()), len(prompts)
+    chunk = min(SHRINKING_CHUNK if shrink else CHUNK, bucket(budget, smallest=1))
+    chunks = -(-budget // chunk)
+    state = _read_prompts(params, config, prompts, sampling, seed, chunks * chunk, compute)
+    batch = state.done.shape[0]
+    ends = [-1] if sampling.ignore_eos or not eos_token_ids else list(eos_token_ids)
+
+    def dispatch(state: DecodeState) -> tuple[DecodeState, tuple[jax.Array, ...]]:
+        size = state.done.shape[0]
+        eos = jnp.broadcast_to(jnp.asarray(ends, jnp.int32), (size, len(ends)))
+        state, drawn, logprobs = decode_chunk(
+            params, config, state, sampling_arrays([sampling] * size), eos,
+            steps=chunk, compute=compute, tempered=tempered,
+        )  # fmt: skip
+        return state, (drawn, logprobs, jnp.copy(state.done))
+
+    place = np.arange(batch)  # where in the whole batch the rows stand that are still decoded
+    state, current = dispatch(state)
+    for i in range(chunks):
+        pending = current
+        if not shrink and i + 1 < chunks:
+            state, current = dispatch(state)
+        drawn, logprobs, done = jax.device_get(pending)
+        counts = np.arange(i * chunk, min((i + 1) * chunk, budget)) + 1  # tokens drawn so far
+        within = counts <= budgets[:, None]
+        tokens = np.full((batch, chunk), -1, np.int32)
+        values = np.zeros((batch, chunk), np.float32)
+        tokens[place], values[place] = drawn, logprobs
+        yield np.where(within, tokens[:rows, : len(counts)], -1), values[:rows, : len(counts)]
+        ended = done | (place >= rows) | (counts[-1] >= np.append(budgets, np.zeros(batch - rows, int))[place])
+        if ended.all():
+            return
+        if shrink and i + 1 < chunks:
+            kept = np.argsort(ended, kind="stable")[: _shrunk(len(ended), int((~ended).sum()))]
+            if len(kept) < len(place):
+                state, place = take_rows(state, kept, state.keys[kept]), place[kept]
+            state, current = dispatch(state)
+
+
+def _shrunk(size: int, live: int) -> int:
+    """Size of a batch of which only some rows are live: a quarter, as often as they fit."""
+    while live <= size // 4:
+        size //= 4
+    return size
+
+
+def _read_prompts(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    seed: int,
+    room: int,
+    compute: ComputeConfig,
+) -> DecodeState:
+    """Prefill prompts, each repeated one once, and leave room for new tokens; fillers at the end round the batch up."""
+    copies = equal_neighbours(prompts)
     different = prompts[::copies]
     fillers = bucket(len(different), smallest=1) - len(different)
-    batch = copies * (len(different) + fillers)
     width = min(bucket(max(map(len, prompts))), config.max_position_embeddings)
     tokens = np.zeros((len(different) + fillers, width), np.int32)
     for i, prompt in enumerate(different):
         tokens[i, : len(prompt)] = prompt
     lengths = np.asarray([len(p) for p in different] + [0] * fillers, np.int32)
-    keys = row_keys([*prompts, *[()] * (batch - rows)], seed)
-    chunk = min(CHUNK, bucket(budget, smallest=1))
-    chunks = -(-budget // chunk)
+    keys = row_keys([*prompts, *[()] * (copies * fillers)], seed)
     state = prefill(
         params, config, tokens, lengths, keys[::copies],
-        cache_length=bucket(width + chunks * chunk),  # shared by prompt widths, so decoding is compiled less often
+        cache_length=bucket(width + room),  # shared by prompt widths, so decoding is compiled less often
         track_seen=sampling.repetition_penalty != 1.0,
         compute=compute,
     )  # fmt: skip
-    if copies > 1:
-        state = repeat_rows(state, keys, copies=copies)
-    settings = sampling_arrays([sampling] * batch)
-    ends = [-1] if sampling.ignore_eos or not eos_token_ids else list(eos_token_ids)
-    eos = jnp.broadcast_to(jnp.asarray(ends, jnp.int32), (batch, len(ends)))
-    pending: tuple[jax.Array, jax.Array, jax.Array] | None = None
-    for i in range(chunks + 1):
-        current = None
-        if i < chunks:
-            state, drawn, logprobs = decode_chunk(
-                params, config, state, settings, eos, steps=chunk, compute=compute, tempered=tempered
-            )
-            current = (drawn, logprobs, jnp.copy(state.done))
-        if pending is not None:
-            drawn, logprobs, done = jax.device_get(pending)
-            counts = np.arange((i - 1) * chunk, min(i * chunk, budget)) + 1  # tokens drawn so far
-            keep = len(counts)
-            within = counts <= budgets[:, None]
-            yield np.where(within, drawn[:rows, :keep], -1), logprobs[:rows, :keep]
-            if (done[:rows] | (counts[-1] >= budgets)).all():
-                return
-        pending = current
+    return state if copies == 1 else take_rows(state, np.repeat(np.arange(len(lengths)), copies), keys)

@@ -83,8 +83,9 @@ def sample_rollout(
         batch_seed = int(np.random.SeedSequence((*seed, begin)).generate_state(1)[0] >> 1)
         batch = [prompts[i] for i in rows]
         chunks = decode_stream(
-            params, config, batch, sampling, eos_token_ids, seed=batch_seed, compute=compute, tempered=True
-        )
+            params, config, batch, sampling, eos_token_ids,
+            seed=batch_seed, compute=compute, tempered=True, shrink=True,
+        )  # fmt: skip
         for tokens, values in chunks:
             for i, drawn, value in zip(rows, tokens, values, strict=True):
                 kept = drawn >= 0
