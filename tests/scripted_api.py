@@ -7,6 +7,7 @@ origins, and every way of turning a string into HTML; it remembers requests and 
 import json
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +25,8 @@ POLICY = (
 class Reply:
     """What the next completion request gets: a stream of byte pieces, or an error."""
 
-    pieces: tuple[bytes, ...] = ()
+    pieces: Iterable[bytes | threading.Event] = ()
+    """An event among the bytes holds the stream until a test sets it."""
     delay: float = 0.0
     """Seconds before each piece."""
     status: int = 200
@@ -36,7 +38,8 @@ def event(payload):
 
 
 def chunk(finish=None, **delta):
-    return event({"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    return event({"object": "chat.completion.chunk", "model": "base", "choices": [choice]})
 
 
 def usage(prompt, completion, cached=0):
@@ -111,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"ready": self.server.ready}, 200 if self.server.ready else 503)
         if self.path == "/v1/models":
             if self.allowed():
-                self.answer({"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]})
+                self.answer({"object": "list", "data": [{"id": name} for name in self.server.models]})
             return None
         name = "index.html" if self.path == "/" else self.path.removeprefix("/web/")
         if name not in {path.name for path in PAGE.iterdir()}:
@@ -129,8 +132,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             for piece in reply.pieces:
                 time.sleep(reply.delay)
-                self.wfile.write(piece)
-                self.wfile.flush()
+                if isinstance(piece, threading.Event):
+                    piece.wait(20)
+                else:
+                    self.wfile.write(piece)
         except OSError:
             self.server.hung_up.set()
 

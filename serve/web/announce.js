@@ -10,7 +10,9 @@
  */
 export function finishedUntil(text, from) {
   let end = from;
-  for (const match of text.slice(from).matchAll(/[.!?…]["')\]]*\s|[。！？]|\n/g)) end = from + match.index + match[0].length;
+  for (const match of text.slice(from).matchAll(/[.!?…]["')\]]*\s|[。！？]|\n/g)) {
+    end = from + match.index + match[0].length;
+  }
   return end;
 }
 

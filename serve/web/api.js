@@ -97,14 +97,14 @@ async function request(path, options) {
   throw new ApiError(await explain(response), response.status, Number.isNaN(seconds) ? undefined : seconds);
 }
 
-/** Put the server's own words, if it has any, behind what the status means. */
+/** Say what the status means and then, if the server has words of its own, those. */
 async function explain(response) {
   const meaning = { 401: "The server wants an API key.", 429: "The server is busy.", 503: "The server is not ready." };
   const start = meaning[response.status] ?? `The server refused the request (${response.status}).`;
   try {
     const { error, detail } = await response.json();
     const said = error?.message ?? detail;
-    return typeof said === "string" ? `${start} It says: ${said}` : start;
+    return typeof said === "string" ? `${start.slice(0, -1)}: ${said}` : start;
   } catch {
     return start;
   }

@@ -4,8 +4,8 @@
 /**
  * @typedef {{id: string, type: "function", function: {name: string, arguments: string}}} ToolCall
  * @typedef {{prompt?: number, cached?: number, completion?: number, first?: number, last?: number, thought?: number,
- *     finish?: string}} Stats token counts; seconds to the first and the last token and the length of the thought; why
- *     the reply ended
+ *     finish?: string, model?: string}} Stats token counts; seconds to the first and last token, and of the thought;
+ *     why the reply ended; the model that wrote it
  * @typedef {{id: string, role: "user"|"assistant"|"tool"|"system", content: string, reasoning_content?: string,
  *     tool_calls?: ToolCall[], tool_call_id?: string, stats?: Stats}} Message
  * @typedef {{id: string, title: string, updated: number, system: string, tools: string, messages: Message[]}} Chat
@@ -72,6 +72,7 @@ export function withChunk(reply, chunk, seconds) {
   }
   if (thinks) stats.thought = seconds - stats.first;
   if (finish) stats.finish = finish;
+  if (chunk.model) stats.model = chunk.model;
   if (chunk.usage) {
     stats.prompt = chunk.usage.prompt_tokens;
     stats.completion = chunk.usage.completion_tokens;
@@ -127,9 +128,12 @@ export function statsLine(stats = {}) {
   const parts = [];
   if (completion !== undefined) parts.push(count(completion, "token"));
   // The first token ends the reading of the prompt, so the rate is that of the others.
-  if (completion > 1 && last > first) parts.push(`${((completion - 1) / (last - first)).toPrecision(3)} tokens/s`);
+  if (completion > 1 && last > first) {
+    const rate = (completion - 1) / (last - first);
+    parts.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`);
+  }
   if (first !== undefined) parts.push(`first after ${first.toFixed(2)} s`);
-  if (prompt !== undefined) parts.push(`prompt ${count(prompt, "token")}${cached ? `, ${cached} cached` : ""}`);
+  if (prompt !== undefined) parts.push(`prompt ${prompt.toLocaleString("en")}${cached ? ` (${cached} cached)` : ""}`);
   if (finish === "length") parts.push("cut off at the token limit");
   else if (finish && !["stop", "tool_calls"].includes(finish)) parts.push(finish);
   return parts.join(" · ");

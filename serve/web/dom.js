@@ -21,7 +21,7 @@ export function h(tag, attributes = {}, ...children) {
   return node;
 }
 
-/** @param {string} label @param {(event: Event) => void} onclick @param {object} [more] attributes @returns {HTMLElement} */
+/** @param {string} label @param {() => void} onclick @param {object} [more] attributes @returns {HTMLElement} */
 export const button = (label, onclick, more = {}) => h("button", { type: "button", onclick, ...more }, label);
 
 /** @param {string} id @returns {HTMLElement} an element that index.html promises */

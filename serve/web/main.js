@@ -10,7 +10,7 @@ import { showMessages, showTrouble } from "./render.js";
 import { openReplies } from "./replies.js";
 import { DEFAULTS, readSettings, samplingOf } from "./settings.js";
 import { openForm } from "./settingsform.js";
-import { showChats } from "./sidebar.js";
+import { openDrawer, showChats } from "./sidebar.js";
 import { openHistory, openStorage } from "./store.js";
 
 const SETTINGS = "minillm.settings";
@@ -22,6 +22,7 @@ const local = openStorage(() => localStorage);
 const session = openStorage(() => sessionStorage);
 const history = openHistory(local);
 const announcer = openAnnouncer(byId("announcer"));
+const drawer = openDrawer(byId("open-sidebar"), byId("close-sidebar"), document.querySelector("main"));
 const [scroll, message] = [byId("scroll"), byId("message")];
 
 let chats = new Map(history.list().map((chat) => [chat.id, chat]));
@@ -94,7 +95,7 @@ function choose(chat) {
   current = chat;
   session.set(CURRENT, chat.id);
   announcer.begin(replies.growing(chat.id)?.content.length);
-  openSidebar(false);
+  drawer.show(false);
   draw();
   toEnd();
   message.focus();
@@ -233,11 +234,6 @@ async function connect() {
   else setTimeout(connect, 2000);
 }
 
-function openSidebar(open) {
-  document.body.toggleAttribute("data-sidebar", open);
-  byId("open-sidebar").setAttribute("aria-expanded", String(open));
-}
-
 // --- What the person does ----------------------------------------------------------------------------------------
 
 const on = (id, event, act) => byId(id).addEventListener(event, act);
@@ -247,7 +243,7 @@ on("composer", "submit", (event) => {
   send();
 });
 on("message", "keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // Enter may choose a word of an input method
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return; // composing: it chooses a word
   event.preventDefault();
   send();
 });
@@ -258,14 +254,6 @@ on("stop", "click", () => {
 on("latest", "click", toEnd);
 on("scroll", "scroll", () => (byId("latest").hidden = atEnd()));
 on("new-chat", "click", () => choose(newChat({ system: current.system, tools: current.tools })));
-on("open-sidebar", "click", () => {
-  openSidebar(true);
-  byId("new-chat").focus();
-});
-on("close-sidebar", "click", () => {
-  openSidebar(false);
-  byId("open-sidebar").focus();
-});
 on("export-all", "click", () => download("conversations.jsonl", toLines([...chats.values()])));
 on("import", "click", () => byId("import-file").click());
 on("import-file", "change", async ({ target }) => {
@@ -285,7 +273,7 @@ on("reset-settings", "click", () => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || byId("settings").open) return;
-  if (document.body.hasAttribute("data-sidebar")) byId("close-sidebar").click();
+  if (drawer.isOpen()) drawer.close();
   else replies.stop(current.id);
 });
 window.addEventListener("storage", ({ key }) => {

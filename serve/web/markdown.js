@@ -1,5 +1,5 @@
-// A little Markdown to nodes: paragraphs, headings, lists, fenced code, inline code and bold; the rest stays as written.
-// Text that still grows is drawn again and again, so blocks that did not change since the last time keep their nodes.
+// A little Markdown to nodes: paragraphs, headings, lists, fenced code, inline code, bold and italics; the rest stays
+// as it was written. Text that still grows is drawn again and again, so blocks that did not change keep their nodes.
 
 import { copyButton, h } from "./dom.js";
 
@@ -11,6 +11,8 @@ import { copyButton, h } from "./dom.js";
 
 const FENCE = /^( *)(`{3,}|~{3,})\s*([^`]*)$/;
 const HEADING = /^(#{1,6})\s+(.+?)\s*#*$/;
+const INLINE = // code, strong, em
+  /(`+)(?<code>.+?)(?<!`)\1(?!`)|\*\*(?=\S)(?<strong>.+?)(?<=\S)\*\*|(?<![\w*])\*(?=\S)(?<em>[^*]+)(?<=\S)\*(?!\w)/gs;
 const ITEM = /^(\s*)(?:[-*+]|(\d{1,9})[.)])\s+(.*)$/;
 
 /**
@@ -42,7 +44,8 @@ function readCode(lines, at) {
   let end = at + 1;
   while (end < lines.length && !closes(lines[end])) end++;
   const code = lines.slice(at + 1, end).map((line) => line.replace(new RegExp(`^ {0,${indent.length}}`), ""));
-  return { kind: "code", language: language.trim().split(/\s/)[0], text: code.join("\n"), end: Math.min(end + 1, lines.length) };
+  end = Math.min(end + 1, lines.length);
+  return { kind: "code", language: language.trim().split(/\s/)[0], text: code.join("\n"), end };
 }
 readCode.starts = (line) => FENCE.test(line);
 
@@ -77,17 +80,18 @@ function readParagraph(lines, at) {
 readParagraph.starts = () => true;
 
 /**
- * Cut the text of a block into plain, bold and code parts.
+ * Cut the text of a block into plain, bold, italic and code parts.
  *
  * @param {string} text
- * @returns {{kind: "text"|"strong"|"code", text: string}[]}
+ * @returns {{kind: "text"|"strong"|"em"|"code", text: string}[]}
  */
 export function parseInline(text) {
   const parts = [];
   let done = 0;
-  for (const match of text.matchAll(/(`+)(.+?)(?<!`)\1(?!`)|\*\*(?=\S)(.+?)(?<=\S)\*\*/gs)) {
+  for (const match of text.matchAll(INLINE)) {
     if (match.index > done) parts.push({ kind: "text", text: text.slice(done, match.index) });
-    parts.push(match[1] ? { kind: "code", text: match[2] } : { kind: "strong", text: match[3] });
+    const { code, strong, em } = match.groups;
+    parts.push({ kind: code ? "code" : strong ? "strong" : "em", text: code ?? strong ?? em });
     done = match.index + match[0].length;
   }
   if (done < text.length) parts.push({ kind: "text", text: text.slice(done) });
@@ -95,9 +99,8 @@ export function parseInline(text) {
 }
 
 const inline = (text) =>
-  parseInline(text).map((part) => (part.kind === "text" ? part.text : h(part.kind, {}, ...strongInside(part))));
-
-const strongInside = (part) => (part.kind === "strong" ? inline(part.text) : [part.text]);
+  parseInline(text).map(({ kind, text: inside }) =>
+    kind === "text" ? inside : h(kind, {}, ...(kind === "code" ? [inside] : inline(inside))));
 
 /** Build nested lists from items, by their indentation. */
 function listNode(items) {

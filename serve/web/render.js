@@ -39,54 +39,61 @@ export function showMessages(log, messages, growing, handlers) {
 }
 
 function makeArticle(message, handlers) {
+  const isReply = message.role === "assistant";
   const body = h("div", { class: "body" });
-  const node = h("article", { class: message.role, "data-id": message.id, "aria-label": NAMES[message.role] },
-    h("h3", {}, NAMES[message.role]), body);
+  const name = h("h3", {}, NAMES[message.role]);
+  const node = h("article", { class: message.role, "data-id": message.id, "aria-label": NAMES[message.role] });
   const current = () => articles.get(node).message;
-  const update = message.role === "assistant" ? replyParts(node, body, handlers) : (next) => (body.textContent = next.content);
+  const regenerate = button("Regenerate", handlers.onRegenerate, { class: "quiet last-only" });
   const actions = h("div", { class: "actions" },
     copyButton(() => current().content, "Copy this message"),
     button("Edit", () => edit(node, body, current(), handlers), { class: "quiet" }),
     button("Delete", () => handlers.onDelete(current()), { class: "quiet" }),
-  );
-  if (message.role === "assistant") {
-    actions.append(button("Regenerate", handlers.onRegenerate, { class: "quiet last-only" }));
-  }
-  node.append(actions);
+    ...(isReply ? [regenerate] : []));
+  node.append(h("div", { class: "line" }, name, ...(isReply ? [] : [actions])), body);
+  const update = isReply
+    ? addReplyParts(name, body, actions, handlers)
+    : (next) => (body.textContent = next.content);
   articles.set(node, { message: null, update });
   return node;
 }
 
-/** Add the parts that only replies have, and return what updates them. */
-function replyParts(node, body, handlers) {
-  const thoughtBody = h("div", { class: "thought-text" });
-  const summary = h("summary");
-  const thought = h("details", { class: "thought", hidden: true }, summary, thoughtBody);
+/** Put the parts around the text that only replies have, and return what updates all of them. */
+function addReplyParts(name, body, actions, handlers) {
+  const [thought, updateThought] = makeThought(handlers.unfold);
   const waiting = h("p", { class: "waiting" }, "Waiting for the first token…");
   const calls = h("div");
   const stats = h("p", { class: "stats" });
   const answer = h("div", { class: "last-only" });
   body.before(thought, waiting);
-  body.after(calls, answer, stats);
+  body.after(calls, answer, h("div", { class: "line" }, stats, actions));
   return (message, grows) => {
+    name.textContent = message.stats?.model ?? NAMES.assistant;
     waiting.hidden = !grows || saysSomething(message);
-    if (message.reasoning_content) {
-      if (thought.hidden) thought.open = grows && handlers.unfold();
-      thought.hidden = false;
-      thoughtBody.textContent = message.reasoning_content;
-      const thinks = grows && !message.content && !message.tool_calls;
-      summary.textContent = thinks ? "Thinking…" : thoughtTitle(message);
-      if (!thinks && handlers.unfold() && grows && !thought.dataset.folded) {
-        thought.open = false;
-        thought.dataset.folded = "true"; // once: from now on it is the reader's
-      }
-    }
+    if (message.reasoning_content) updateThought(message, grows);
     showMarkdown(body, message.content);
     showCalls(calls, message.tool_calls ?? []);
     stats.textContent = grows ? "" : statsLine(message.stats);
     const asked = !grows && message.tool_calls ? [answerForm(message.tool_calls, handlers.onAnswer)] : [];
     answer.replaceChildren(...asked);
   };
+}
+
+/** Make a thought, folded unless the settings unfold it while it is written, and what updates it. */
+function makeThought(unfold) {
+  const text = h("div", { class: "thought-text" });
+  const summary = h("summary");
+  const node = h("details", { class: "thought", hidden: true }, summary, text);
+  let unfolded = false; // by this page, and not by the reader
+  const update = (message, grows) => {
+    const thinks = grows && !message.content && !message.tool_calls;
+    if (node.hidden) node.open = unfolded = thinks && unfold();
+    if (unfolded && !thinks) node.open = unfolded = false;
+    node.hidden = false;
+    text.textContent = message.reasoning_content;
+    summary.textContent = thinks ? "Thinking…" : thoughtTitle(message);
+  };
+  return [node, update];
 }
 
 const thoughtTitle = ({ stats }) => (stats?.thought ? `Thought for ${stats.thought.toFixed(1)} s` : "Thought");
@@ -112,7 +119,8 @@ function edit(node, body, message, handlers) {
   };
   const again = message.role === "user" ? [button("Save and ask again", save(true))] : [];
   const form = h("form", { class: "edit", onkeydown, onsubmit: (event) => event.preventDefault() },
-    field, h("div", { class: "row" }, ...again, button("Save", save(false)), button("Cancel", finish, { class: "quiet" })));
+    field,
+    h("div", { class: "row" }, ...again, button("Save", save(false)), button("Cancel", finish, { class: "quiet" })));
   node.classList.add("editing");
   body.after(form);
   field.focus();
@@ -135,8 +143,18 @@ export function showTrouble(place, error, { onRetry, onKey }) {
     place.replaceChildren();
     return;
   }
-  const wait = error.retryAfter === undefined ? "" : ` It asks to wait ${Math.ceil(error.retryAfter)} s.`;
   const key = error.status === 401 ? [button("Enter API key", onKey)] : [];
   place.replaceChildren(h("div", { class: "trouble", role: error.quiet ? null : "alert" },
-    h("p", {}, error.message + wait), h("div", { class: "row" }, button("Try again", onRetry), ...key)));
+    h("p", {}, error.message), h("div", { class: "row" }, retryButton(error.retryAfter, onRetry), ...key)));
+}
+
+/** Count down the seconds that the server asks to wait; whoever knows better may press at once. */
+function retryButton(seconds, onRetry) {
+  const node = button("Try again", onRetry);
+  const tick = (left) => {
+    node.textContent = left > 0 ? `Try again (in ${left} s)` : "Try again";
+    if (left > 0) setTimeout(tick, 1000, left - 1);
+  };
+  tick(Math.ceil(seconds ?? 0));
+  return node;
 }

@@ -2,19 +2,20 @@
 // Pure functions. An empty field is left out of the request, so that the server's own default holds.
 
 /**
- * @typedef {{name: string, label: string, hint: string, value: string, min: number, max?: number, whole?: boolean}} Field
+ * @typedef {{name: string, label: string, hint: string, value: string, min: number, max?: number,
+ *     whole?: boolean}} Field `value` is what the page starts with, as the terminal chat does
  * @typedef {Record<string, string | boolean>} Settings what the form holds, by name, as it was typed
  */
 
-/** @type {Field[]} The numbers; `value` is what the page starts with, as the terminal chat does. */
+/** @type {Field[]} The numbers. */
 export const FIELDS = [
-  { name: "temperature", label: "Temperature", hint: "0 always takes the likeliest token", value: "0.7", min: 0, max: 2 },
-  { name: "top_p", label: "Top p", hint: "keep the likeliest tokens up to this sum of probability", value: "0.95", min: 0, max: 1 },
-  { name: "top_k", label: "Top k", hint: "keep this many tokens; 0 keeps all", value: "", min: 0, whole: true },
-  { name: "min_p", label: "Min p", hint: "keep tokens this likely beside the likeliest", value: "", min: 0, max: 1 },
-  { name: "repetition_penalty", label: "Repetition penalty", hint: "1 does nothing; more avoids words said before", value: "", min: 0.01 },
-  { name: "max_tokens", label: "Longest reply", hint: "in tokens", value: "512", min: 1, whole: true },
-  { name: "seed", label: "Seed", hint: "the same seed draws the same reply", value: "", min: 0, whole: true },
+  { name: "temperature", label: "Temperature", value: "0.7", min: 0, max: 2, hint: "0 takes the likeliest token" },
+  { name: "top_p", label: "Top p", value: "0.95", min: 0, max: 1, hint: "keep the likeliest tokens up to this sum" },
+  { name: "top_k", label: "Top k", value: "", min: 0, whole: true, hint: "keep this many tokens; 0 keeps all" },
+  { name: "min_p", label: "Min p", value: "", min: 0, max: 1, hint: "keep tokens this likely beside the likeliest" },
+  { name: "repetition_penalty", label: "Repetition penalty", value: "", min: 0.01, hint: "above 1 avoids repeating" },
+  { name: "max_tokens", label: "Longest reply", value: "512", min: 1, whole: true, hint: "in tokens" },
+  { name: "seed", label: "Seed", value: "", min: 0, whole: true, hint: "the same seed draws the same reply" },
 ];
 
 /** @type {Settings} */
@@ -33,9 +34,10 @@ export const DEFAULTS = {
 export function numberProblem({ min, max, whole }, text) {
   const number = Number(text);
   if (!text.trim()) return "";
-  if (!Number.isFinite(number) || (whole && !Number.isSafeInteger(number))) return `Give a ${whole ? "whole " : ""}number.`;
-  if (number < min || number > (max ?? Infinity)) return max === undefined ? `Give at least ${min}.` : `Give ${min} to ${max}.`;
-  return "";
+  if (whole && !Number.isSafeInteger(number)) return "Give a whole number.";
+  if (!Number.isFinite(number)) return "Give a number.";
+  if (number >= min && number <= (max ?? Infinity)) return "";
+  return max === undefined ? `Give at least ${min}.` : `Give ${min} to ${max}.`;
 }
 
 /**

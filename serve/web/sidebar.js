@@ -1,5 +1,5 @@
-// The list of conversations beside the log: choose, rename and delete. It draws what it is given and reports what the
-// person wants; it keeps nothing itself.
+// The list of conversations beside the log: choose, rename and delete; on narrow windows, a drawer. It draws what it is
+// given and reports what the person wants; it keeps nothing itself.
 
 import { button, h } from "./dom.js";
 
@@ -56,4 +56,34 @@ function rename(chat, item, handlers) {
   });
   item.firstChild.replaceWith(field);
   field.select();
+}
+
+/**
+ * Make the list a drawer, which on narrow windows lies over the rest of the page.
+ *
+ * @param {HTMLElement} opener
+ * @param {HTMLElement} closer
+ * @param {HTMLElement} rest cannot be reached while the drawer is open
+ * @returns {{show: (open: boolean) => void, close: () => void, isOpen: () => boolean}} `close` gives the focus back
+ */
+export function openDrawer(opener, closer, rest) {
+  const show = (open) => {
+    document.body.toggleAttribute("data-drawer", open);
+    rest.inert = open;
+    opener.setAttribute("aria-expanded", String(open));
+  };
+  const close = () => {
+    show(false);
+    opener.focus();
+  };
+  opener.addEventListener("click", () => {
+    show(true);
+    closer.focus();
+  });
+  closer.addEventListener("click", close);
+  document.addEventListener("click", ({ target }) => {
+    if (rest.inert && [document.body, document.documentElement].includes(target)) close(); // beside the drawer
+  });
+  matchMedia("(max-width: 44rem)").addEventListener("change", () => show(false));
+  return { show, close, isOpen: () => rest.inert };
 }

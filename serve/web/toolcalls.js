@@ -39,7 +39,8 @@ export function showCalls(place, calls) {
  * @returns {HTMLElement}
  */
 export function answerForm(calls, onAnswer) {
-  const fields = calls.map((call, index) => h("textarea", { id: `answer-${call.id || index}`, rows: 2, required: true }));
+  const fields = calls.map(({ id }, index) =>
+    h("textarea", { id: `answer-${id || index}`, rows: 2, required: true }));
   const labelled = fields.flatMap((field, index) => [
     h("label", { for: field.id }, "Result of ", h("code", {}, calls[index].function.name)),
     field,
