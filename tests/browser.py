@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+REFUSED = "Failed to load resource: the server responded with a status of "
+"""How the console's line on a refused request begins."""
 WATCH = "addEventListener('securitypolicyviolation', e => console.error('policy: ' + e.violatedDirective))"
 
 
@@ -55,6 +57,11 @@ def watched(browser, url, expected_errors=(), **options):
     context.close()
     unexpected = [text for text in wrong if not text.startswith(tuple(expected_errors))] if expected_errors else wrong
     assert unexpected == []
+
+
+def opened(browser, scripted, *expected_errors, **options):
+    """Open the chat page of a scripted API, as `watched` does."""
+    return watched(browser, scripted.url, expected_errors, **options)
 
 
 # --- What a person does, and waits for ---------------------------------------------------------------------------

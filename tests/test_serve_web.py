@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from browser import action, body, expect, finished, ready, said, say, watched
+from browser import action, body, expect, finished, opened, ready, said, say
 from scripted_api import PAGE, Reply, chunk, spoken, usage
 
 ROOT = Path(__file__).parent.parent
@@ -150,10 +150,11 @@ def test_reply_can_be_corrected_and_a_message_deleted_and_brought_back(page, scr
     expect(body(page)).to_have_text("five")
     action(page, "Delete", 0)
     expect(page.locator("article")).to_have_count(1)
-    page.get_by_role("button", name="Undo").click()
     say(page, "Really?")
     expect(body(page)).to_have_text("thanks")
-    assert [turn["content"] for turn in scripted.requests[1]["messages"]] == ["Hello", "five", "Really?"]
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator("article .body")).to_have_text(["Hello", "five", "Really?", "thanks"])
+    assert [turn["content"] for turn in scripted.requests[1]["messages"]] == ["five", "Really?"]
 
 
 @on_browser
@@ -200,7 +201,7 @@ def test_growing_reply_keeps_the_nodes_of_its_finished_blocks(page, scripted):
 @on_browser
 def test_code_is_copied_as_it_was_written(chromium, scripted):
     scripted.replies = [spoken("```\nif a < b:\n    pass\n```")]
-    with watched(chromium, scripted.url, permissions=["clipboard-read", "clipboard-write"]) as page:
+    with opened(chromium, scripted, permissions=["clipboard-read", "clipboard-write"]) as page:
         ready(page)
         said(page)
         page.get_by_role("button", name="Copy this code").click()

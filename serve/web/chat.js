@@ -44,6 +44,19 @@ export function withoutMessage(chat, id) {
   return withMessages(chat, chat.messages.toSpliced(at, end - at));
 }
 
+/**
+ * Bring back what was taken out of a conversation, whatever has been said since.
+ *
+ * @param {Chat} chat as it is now
+ * @param {Chat} before
+ * @param {Chat} after
+ * @returns {Chat} with the messages that `before` has and `after` has not, where they stood
+ */
+export function withMessagesOf(chat, before, after) {
+  const removed = before.messages.filter((message) => !after.messages.includes(message));
+  return withMessages(chat, chat.messages.toSpliced(before.messages.indexOf(removed[0]), 0, ...removed));
+}
+
 /** @param {Chat} chat @returns {Chat} cut off behind what the last reply answered */
 export function withoutReply(chat) {
   return withMessages(chat, chat.messages.slice(0, chat.messages.findLastIndex((m) => m.role !== "assistant") + 1));

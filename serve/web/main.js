@@ -3,7 +3,9 @@
 
 import { isReady, listModels } from "./api.js";
 import { openAnnouncer } from "./announce.js";
-import { newChat, newMessage, saysSomething, withMessages, withoutMessage, withoutReply } from "./chat.js";
+import {
+  newChat, newMessage, saysSomething, withMessages, withMessagesOf, withoutMessage, withoutReply,
+} from "./chat.js";
 import { byId, download, h, notify } from "./dom.js";
 import { fromLines, toLines } from "./jsonl.js";
 import { showMessages, showTrouble } from "./render.js";
@@ -167,22 +169,23 @@ function regenerate() {
 
 const messageHandlers = {
   onEdit(edited, text, again) {
-    const before = current;
     const at = current.messages.findIndex((one) => one.id === edited.id);
     const changed = current.messages.with(at, { ...edited, content: text });
     replies.forget(current.id);
     if (again) return ask(withMessages(current, changed.slice(0, at + 1)));
-    keep(withMessages(before, changed));
+    keep(withMessages(current, changed));
     draw();
   },
   onDelete({ id }) {
     const before = current;
-    replies.forget(current.id);
-    keep(withoutMessage(current, id));
+    const after = withoutMessage(before, id);
+    replies.forget(before.id);
+    keep(after);
     draw();
     message.focus();
     notify("Message deleted.", "Undo", () => {
-      keep(before);
+      const now = chats.get(before.id); // it may have gone on in the meantime
+      if (now) keep(withMessagesOf(now, before, after));
       draw();
     });
   },
@@ -272,7 +275,7 @@ on("reset-settings", "click", () => {
   form.fill();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || byId("settings").open) return;
+  if (event.key !== "Escape" || event.isComposing || byId("settings").open) return;
   if (drawer.isOpen()) drawer.close();
   else replies.stop(current.id);
 });

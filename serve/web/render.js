@@ -40,7 +40,7 @@ export function showMessages(log, messages, growing, handlers) {
 
 function makeArticle(message, handlers) {
   const isReply = message.role === "assistant";
-  const body = h("div", { class: "body" });
+  const body = h("div", { class: "body", dir: "auto" });
   const name = h("h3", {}, NAMES[message.role]);
   const node = h("article", { class: message.role, "data-id": message.id, "aria-label": NAMES[message.role] });
   const current = () => articles.get(node).message;
@@ -81,7 +81,7 @@ function addReplyParts(name, body, actions, handlers) {
 
 /** Make a thought, folded unless the settings unfold it while it is written, and what updates it. */
 function makeThought(unfold) {
-  const text = h("div", { class: "thought-text" });
+  const text = h("div", { class: "thought-text", dir: "auto" });
   const summary = h("summary");
   const node = h("details", { class: "thought", hidden: true }, summary, text);
   let unfolded = false; // by this page, and not by the reader
@@ -117,7 +117,7 @@ function edit(node, body, message, handlers) {
     event.stopPropagation();
     finish();
   };
-  const again = message.role === "user" ? [button("Save and ask again", save(true))] : [];
+  const again = message.role === "user" ? [button("Save and ask again", save(true), { class: "idle-only" })] : [];
   const form = h("form", { class: "edit", onkeydown, onsubmit: (event) => event.preventDefault() },
     field,
     h("div", { class: "row" }, ...again, button("Save", save(false)), button("Cancel", finish, { class: "quiet" })));
