@@ -20,7 +20,7 @@ test-slow: $(VENV)/.installed
 
 # The chat page in a headless Chromium, which the machine must have: `apt-get install chromium` on Debian.
 test-browser: $(VENV)/.installed
-	$(BIN)/python -m pytest -m browser
+	MINILLM_TEST_BROWSER=required $(BIN)/python -m pytest -m browser $(PARALLEL)
 
 # Held against torch and transformers, live; and the stored numbers of tests/golden made anew.
 conformance: $(VENV)/.conformance

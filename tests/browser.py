@@ -3,12 +3,15 @@
 Debian's `chromium`, or another one on the PATH, is driven through playwright's Python package, which brings no browser.
 """
 
+import os
 import shutil
 from contextlib import contextmanager
 
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE = 20_000
+"""Milliseconds that anything may take on a busy machine."""
 REFUSED = "Failed to load resource: the server responded with a status of "
 """How the console's line on a refused request begins."""
 WATCH = "addEventListener('securitypolicyviolation', e => console.error('policy: ' + e.violatedDirective))"
@@ -16,14 +19,17 @@ WATCH = "addEventListener('securitypolicyviolation', e => console.error('policy:
 
 @contextmanager
 def launched():
-    """Start the browser, or skip with what is missing."""
+    """Start the browser, or skip with what is missing; fail instead where the environment says that it is required."""
+    give_up = pytest.fail if os.environ.get("MINILLM_TEST_BROWSER") == "required" else pytest.skip
     executable = next(filter(None, map(shutil.which, NAMES)), None)
     if executable is None:
-        pytest.skip(
-            "no Chromium: apt-get install chromium (Debian), or put one of the names chromium, google-chrome on PATH"
-        )
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is missing; the extra dev brings it")
-    with api.sync_playwright() as playwright:
+        give_up(f"no Chromium: apt-get install chromium (Debian), or put one of {', '.join(NAMES)} on the PATH")
+    try:
+        from playwright.sync_api import expect, sync_playwright
+    except ImportError:
+        give_up("playwright is missing; pip install -e '.[dev]' brings it")
+    expect.set_options(timeout=PATIENCE)
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable)
         yield browser
         browser.close()
@@ -44,7 +50,7 @@ def watched(browser, url, expected_errors=(), **options):
     wrong = []
 
     def watch(page):
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: wrong.append(f"uncaught: {error}"))
         page.on("console", lambda message: message.type in ("error", "warning") and wrong.append(message.text))
         page.on("request", lambda request: request.url.startswith((url, "blob:")) or wrong.append(request.url))

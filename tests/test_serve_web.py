@@ -87,7 +87,7 @@ def test_stop_closes_the_connection_and_keeps_what_was_said(page, scripted):
     say(page, "Talk")
     expect(body(page)).to_contain_text("on and on")
     page.locator("#stop").click()
-    assert scripted.hung_up.wait(5)
+    assert scripted.hung_up.wait(20)
     finished(page)
     expect(body(page)).to_contain_text("on and on")
     expect(page.locator("article .stats").last).to_contain_text("stopped")
@@ -125,6 +125,17 @@ def test_counts_and_speed_stand_under_the_reply(page, scripted):
     rate = float(re.search(r"([\d.]+) tokens/s", line)[1])
     assert line.startswith("21 tokens · ") and line.endswith("prompt 12 (4 cached)")
     assert 10 < rate <= 100  # 20 tokens came after the first one, each at least 10 ms after the last
+
+
+@on_browser
+def test_speed_leaves_out_what_the_first_chunk_brought_with_the_prompt(page, scripted):
+    halves = [chunk(content="x" * 40), chunk("stop", content="y" * 40)]
+    scripted.replies = [Reply((*halves, usage(3, 16), b"data: [DONE]\n\n"), delay=0.5)]
+    said(page)
+    line = page.locator("article .stats").last.inner_text()
+    assert (
+        5 < float(re.search(r"([\d.]+) tokens/s", line)[1]) < 22
+    )  # 8 tokens in half a second; all but one would be 30
 
 
 @on_browser
@@ -275,10 +286,9 @@ def test_tool_calls_are_shown_and_answered(page, scripted):
 
 
 @on_browser
-def test_events_are_read_however_the_bytes_are_cut(page):
-    stream = (
-        ': hi\r\ndata: {"a": "é漢😀"}\r\n\r\nevent: x\ndata:two\ndata: lines\n\nid: 1\r\rdata: last\r\rdata: cut off'
-    )
+@pytest.mark.parametrize("end", ["\r\r", "\r\n\r\n", "\n\ndata: cut off"], ids=["CR", "CRLF", "cut off"])
+def test_events_are_read_however_the_bytes_are_cut(page, end):
+    head = ': hi\r\ndata: {"a": "é漢😀"}\r\n\r\nevent: x\ndata:two\r\ndata: lines\n\nid: 1\r\rdata: last'
     script = """async stream => {
         const { readEvents } = await import('/web/sse.js');
         const bytes = new TextEncoder().encode(stream);
@@ -292,7 +302,7 @@ def test_events_are_read_however_the_bytes_are_cut(page):
         }
         return [...seen];
     }"""
-    assert [json.loads(events) for events in page.evaluate(script, stream)] == [
+    assert [json.loads(events) for events in page.evaluate(script, head + end)] == [
         ['{"a": "é漢😀"}', "two\nlines", "last"],
     ]
 

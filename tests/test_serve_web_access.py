@@ -33,7 +33,7 @@ def test_keyboard_alone_is_enough(page, scripted):
     page.keyboard.press("Enter")
     expect(body(page)).to_contain_text("on and on")
     page.keyboard.press("Escape")
-    assert scripted.hung_up.wait(5)
+    assert scripted.hung_up.wait(20)
     finished(page)
     assert scripted.requests[0]["messages"] == [{"role": "user", "content": "two\nlines"}]
     page.keyboard.press("Shift+Tab")

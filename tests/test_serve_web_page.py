@@ -58,7 +58,7 @@ def test_reload_in_mid_stream_keeps_what_was_said(page, scripted):
     expect(body(page)).to_contain_text("and and")
     page.reload()
     expect(body(page)).to_contain_text("and and")
-    assert scripted.hung_up.wait(5)
+    assert scripted.hung_up.wait(20)
 
 
 def test_conversation_is_renamed_deleted_and_brought_back(page, scripted):

@@ -4,8 +4,8 @@
 /**
  * @typedef {{id: string, type: "function", function: {name: string, arguments: string}}} ToolCall
  * @typedef {{prompt?: number, cached?: number, completion?: number, first?: number, last?: number, thought?: number,
- *     finish?: string, model?: string}} Stats token counts; seconds to the first and last token, and of the thought;
- *     why the reply ended; the model that wrote it
+ *     later?: number, finish?: string, model?: string}} Stats token counts; seconds to the first and the last text, and
+ *     of the thought; the share of the text that the first chunk did not bring; why the reply ended; who wrote it
  * @typedef {{id: string, role: "user"|"assistant"|"tool"|"system", content: string, reasoning_content?: string,
  *     tool_calls?: ToolCall[], tool_call_id?: string, stats?: Stats}} Message
  * @typedef {{id: string, title: string, updated: number, system: string, tools: string, messages: Message[]}} Chat
@@ -77,11 +77,12 @@ export const saysSomething = (message) =>
 export function withChunk(reply, chunk, seconds) {
   const { delta = {}, finish_reason: finish } = chunk.choices?.[0] ?? {};
   const thinks = delta.reasoning_content ?? "";
-  const speaks = Boolean(delta.content || thinks || delta.tool_calls?.length);
   const stats = { ...reply.stats };
-  if (speaks) {
+  if (sizeOf(delta)) {
+    const before = sizeOf(reply) * (1 - (stats.later ?? 0)); // what the first chunk brought
     stats.first ??= seconds;
     stats.last = seconds;
+    stats.later = before && 1 - before / (sizeOf(reply) + sizeOf(delta));
   }
   if (thinks) stats.thought = seconds - stats.first;
   if (finish) stats.finish = finish;
@@ -96,6 +97,11 @@ export function withChunk(reply, chunk, seconds) {
   if (delta.tool_calls?.length) grown.tool_calls = delta.tool_calls.reduce(withCallDelta, reply.tool_calls ?? []);
   return grown;
 }
+
+/** Characters that a delta or a message says, in whatever field. */
+const sizeOf = ({ content, reasoning_content: thought, tool_calls: calls = [] }) =>
+  (content ?? "").length + (thought ?? "").length +
+  calls.reduce((sum, { function: called }) => sum + (called?.name ?? "").length + (called?.arguments ?? "").length, 0);
 
 /** Let the call that a delta's index names grow: its name comes once, its arguments come in pieces. */
 function withCallDelta(calls, delta) {
@@ -137,12 +143,13 @@ export function toolsProblem(text) {
 
 /** @param {Stats} [stats] @returns {string} what a reader may want to know about a reply, on one line */
 export function statsLine(stats = {}) {
-  const { prompt, cached, completion, first, last, finish } = stats;
+  const { prompt, cached, completion, first, last, later, finish } = stats;
   const parts = [];
   if (completion !== undefined) parts.push(count(completion, "token"));
-  // The first token ends the reading of the prompt, so the rate is that of the others.
+  // The first chunk ends the reading of the prompt, so the rate is that of the others. Chunks may hold several tokens;
+  // how many came later is estimated from how much of the text did.
   if (completion > 1 && last > first) {
-    const rate = (completion - 1) / (last - first);
+    const rate = (completion * later) / (last - first);
     parts.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`);
   }
   if (first !== undefined) parts.push(`first after ${first.toFixed(2)} s`);

@@ -14,7 +14,7 @@ export const FIELDS = [
   { name: "top_k", label: "Top k", value: "", min: 0, whole: true, hint: "keep this many tokens; 0 keeps all" },
   { name: "min_p", label: "Min p", value: "", min: 0, max: 1, hint: "keep tokens this likely beside the likeliest" },
   { name: "repetition_penalty", label: "Repetition penalty", value: "", min: 0.01, hint: "above 1 avoids repeating" },
-  { name: "max_tokens", label: "Longest reply", value: "512", min: 1, whole: true, hint: "in tokens" },
+  { name: "max_tokens", label: "Longest reply", value: "", min: 1, whole: true, hint: "in tokens" },
   { name: "seed", label: "Seed", value: "", min: 0, whole: true, hint: "the same seed draws the same reply" },
 ];
 
