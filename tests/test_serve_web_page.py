@@ -145,6 +145,32 @@ def test_damaged_history_is_passed_over(page):
     expect(page.locator(TITLES)).to_have_count(0)
 
 
+def test_one_conversation_is_exported_under_its_title(page, scripted):
+    scripted.replies = [spoken("one"), spoken("two")]
+    said(page)
+    page.get_by_role("button", name="New conversation").click()
+    say(page, "Why / how?")
+    finished(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export", exact=True).click()
+    assert download.value.suggested_filename == "Why-how-.jsonl"
+    assert [json.loads(line)["title"] for line in download.value.path().read_text().splitlines()] == ["Why / how?"]
+
+
+def test_replies_to_two_conversations_do_not_mix(page, scripted):
+    gate = threading.Event()
+    scripted.replies = [Reply((chunk(content="slow"), gate, chunk("stop", content="ly"))), spoken("quick")]
+    say(page, "First")
+    expect(body(page)).to_have_text("slow")
+    page.get_by_role("button", name="New conversation").click()
+    say(page, "Second")
+    finished(page)
+    gate.set()
+    expect(page.locator("article .body")).to_have_text(["Second", "quick"])
+    page.locator(TITLES, has_text="First").click()
+    expect(page.locator("article .body")).to_have_text(["First", "slowly"])
+
+
 def test_two_windows_share_the_history(page, scripted):
     other = page.context.new_page()
     other.goto(scripted.url)

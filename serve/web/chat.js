@@ -62,7 +62,7 @@ export function withoutReply(chat) {
   return withMessages(chat, chat.messages.slice(0, chat.messages.findLastIndex((m) => m.role !== "assistant") + 1));
 }
 
-/** @param {Message | undefined} message @returns {boolean} whether it holds anything worth keeping */
+/** @param {Message | null} message @returns {boolean} whether it holds anything worth keeping */
 export const saysSomething = (message) =>
   Boolean(message && (message.content || message.reasoning_content || message.tool_calls?.length));
 
@@ -98,7 +98,10 @@ export function withChunk(reply, chunk, seconds) {
   return grown;
 }
 
-/** Characters that a delta or a message says, in whatever field. */
+/**
+ * @param {Partial<Message>} said a message or a delta
+ * @returns {number} characters of all that it says
+ */
 const sizeOf = ({ content, reasoning_content: thought, tool_calls: calls = [] }) =>
   (content ?? "").length + (thought ?? "").length +
   calls.reduce((sum, { function: called }) => sum + (called?.name ?? "").length + (called?.arguments ?? "").length, 0);

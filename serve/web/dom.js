@@ -8,7 +8,7 @@
  * @param {Record<string, any>} [attributes] a name that begins with "on" is an event's; true sets an attribute without
  *     a value; false, null and undefined leave it out
  * @param {...(Node | string)} children
- * @returns {HTMLElement}
+ * @returns {any} an element of that tag
  */
 export function h(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -24,7 +24,7 @@ export function h(tag, attributes = {}, ...children) {
 /** @param {string} label @param {() => void} onclick @param {object} [more] attributes @returns {HTMLElement} */
 export const button = (label, onclick, more = {}) => h("button", { type: "button", onclick, ...more }, label);
 
-/** @param {string} id @returns {HTMLElement} an element that index.html promises */
+/** @param {string} id @returns {any} an element that index.html promises */
 export const byId = (id) => document.getElementById(id);
 
 /**
@@ -52,7 +52,7 @@ async function copy(text) {
 }
 
 function copyBySelection(text) {
-  const focused = document.activeElement;
+  const focused = /** @type {HTMLElement} */ (document.activeElement);
   const field = h("textarea", { class: "visually-hidden" });
   field.value = text;
   (document.querySelector("dialog[open]") ?? document.body).append(field);

@@ -12,6 +12,10 @@ import { newChat, newMessage, toolsProblem, withMessages } from "./chat.js";
  */
 export const toLines = (chats) => chats.map((chat) => `${JSON.stringify(toRow(chat))}\n`).join("");
 
+/** @param {import("./chat.js").Chat} chat @returns {string} a name for its file, after its title */
+export const fileNameOf = ({ title }) =>
+  `${(title || "conversation").replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40)}.jsonl`;
+
 function toRow({ title, system, tools, messages }) {
   const offered = tools ? { tools: JSON.parse(tools) } : {};
   const conversations = messages.map(({ id, stats, ...turn }) => turn);

@@ -7,7 +7,7 @@ import {
   newChat, newMessage, saysSomething, withMessages, withMessagesOf, withoutMessage, withoutReply,
 } from "./chat.js";
 import { byId, download, h, notify } from "./dom.js";
-import { fromLines, toLines } from "./jsonl.js";
+import { fileNameOf, fromLines, toLines } from "./jsonl.js";
 import { showMessages, showTrouble } from "./render.js";
 import { openReplies } from "./replies.js";
 import { DEFAULTS, readSettings, samplingOf } from "./settings.js";
@@ -115,8 +115,6 @@ function removeChat(chat) {
   });
 }
 
-const nameOf = (chat) => (chat.title || "conversation").replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40);
-
 const chatHandlers = {
   onChoose: choose,
   onRename: (chat, title) => {
@@ -124,7 +122,7 @@ const chatHandlers = {
     draw();
   },
   onDelete: removeChat,
-  onExport: (chat) => download(`${nameOf(chat)}.jsonl`, toLines([chat])),
+  onExport: (chat) => download(fileNameOf(chat), toLines([chat])),
 };
 
 async function importFile(file) {
@@ -226,7 +224,8 @@ async function showModels() {
     if (models.includes(settings.model)) select.value = settings.model;
     change({ model: select.value });
   } catch (error) {
-    notify(error.message, ...(error.status === 401 ? ["Enter API key", openKey] : ["Try again", showModels]));
+    if (error.status === 401) notify(error.message, "Enter API key", openKey);
+    else notify(error.message, "Try again", showModels);
   }
 }
 
@@ -281,15 +280,15 @@ document.addEventListener("keydown", (event) => {
 });
 window.addEventListener("storage", ({ key }) => {
   if (!history.owns(key)) return; // another window has written
-  const busy = replies.ids().map((id) => [id, chats.get(id)]);
-  chats = new Map([...history.list().map((chat) => [chat.id, chat]), ...busy]);
+  const busy = replies.ids().flatMap((id) => chats.get(id) ?? []);
+  chats = new Map([...history.list(), ...busy].map((chat) => [chat.id, chat]));
   current = chats.get(current.id) ?? (current.messages.length ? newChat() : current);
   draw();
 });
 window.addEventListener("pagehide", () => {
   for (const id of replies.ids()) {
     const [chat, reply] = [chats.get(id), replies.growing(id)];
-    if (saysSomething(reply)) history.save(withMessages(chat, [...chat.messages, reply]));
+    if (chat && saysSomething(reply)) history.save(withMessages(chat, [...chat.messages, reply]));
   }
 });
 
