@@ -6,17 +6,21 @@ BIN    := $(VENV)/bin
 OUT    ?= out/demo
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow conformance golden lint types lock clean
+.PHONY: demo test test-slow test-browser conformance golden lint types lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m train.demo --out_dir $(OUT)
 
 # Test files are shared out among processes: most of their time is compiling, which uses one core.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow and not conformance" $(PARALLEL)
+	$(BIN)/python -m pytest -m "not slow and not browser and not conformance" $(PARALLEL)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(PARALLEL)
+
+# The chat page in a headless Chromium, which the machine must have: `apt-get install chromium` on Debian.
+test-browser: $(VENV)/.installed
+	MINILLM_TEST_BROWSER=required $(BIN)/python -m pytest -m browser $(PARALLEL)
 
 # Held against torch and transformers, live; and the stored numbers of tests/golden made anew.
 conformance: $(VENV)/.conformance

@@ -25,3 +25,34 @@ def compiled_programs_do_not_pile_up():
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+
+
+# --- The chat page -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless browser, or a skipped test."""
+    from browser import launched
+
+    with launched() as browser:
+        yield browser
+
+
+@pytest.fixture
+def scripted():
+    """The stand-in for the API."""
+    from scripted_api import serving
+
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def page(chromium, scripted):
+    """The chat page, connected to the stand-in; fails the test if anything goes wrong in it."""
+    from browser import ready, watched
+
+    with watched(chromium, scripted.url) as page:
+        ready(page)
+        yield page
