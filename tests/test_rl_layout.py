@@ -46,7 +46,7 @@ def test_trainer_finds_the_log_probabilities_that_were_sampled_with(config, temp
     params = init_params(config, jax.random.key(0))
     found = read_tokens(params, config, ComputeConfig(), batch, temperature)[0] * by_completion(batch["weights"])
     assert np.abs(found - logprobs).max() < 1e-4
-    assert len({len(c) for c in rollout.completions}) > 5  # rows of many lengths were padded
+    assert len({len(c) for c in rollout.completions}) > 3  # rows of many lengths were padded
 
 
 def test_groups_share_a_row_with_completions_as_branches_of_their_prompts():
