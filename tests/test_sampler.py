@@ -14,7 +14,15 @@ import minillm_jax.lm
 from minillm_jax.config import ModelConfig
 from minillm_jax.lm import LanguageModel, generate, stream
 from minillm_jax.model import forward, init_params
-from minillm_jax.sampler import CHUNK, bucket, check_prompts, equal_neighbours, row_keys
+from minillm_jax.sampler import (
+    CHUNK,
+    SHRINKING_CHUNK,
+    bucket,
+    check_prompts,
+    decode_stream,
+    equal_neighbours,
+    row_keys,
+)
 from minillm_jax.sampling import SamplingParams
 from minillm_jax.tokenizer import Tokenizer, train_tokenizer
 
@@ -267,3 +275,21 @@ def test_copies_side_by_side_are_completed_like_copies_far_apart(dense):
     apart = generate(dense, [PROMPTS[i] for i in order], SAMPLED, seed=4)
     together = generate(dense, [prompt for prompt in PROMPTS for _ in range(2)], SAMPLED, seed=4)
     assert [apart[i].token_ids for i in (0, 3, 2, 4, 1, 5)] == [completion.token_ids for completion in together]
+
+
+def test_leaving_ended_rows_behind_changes_nothing(dense):
+    prompts = [[1, token] for token in range(40, 57)]
+    ends = list(range(0, dense.config.vocab_size, 7))  # most rows end soon
+    sampling = SamplingParams(max_new_tokens=29)
+
+    def drawn(shrink):
+        chunks = list(decode_stream(dense.params, dense.config, prompts, sampling, ends, seed=5, shrink=shrink))
+        return (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+
+    (tokens, logprobs), (left, left_logprobs) = drawn(False), drawn(True)
+    assert (tokens[:, SHRINKING_CHUNK] >= 0).sum() <= 24 // 4 and (tokens[:, SHRINKING_CHUNK:] >= 0).any()
+    width = min(tokens.shape[1], left.shape[1])
+    assert (tokens[:, width:] == -1).all() and (left[:, width:] == -1).all()
+    assert (tokens[:, :width] == left[:, :width]).all()
+    difference = np.abs(logprobs[:, :width] - left_logprobs[:, :width])
+    assert difference[tokens[:, :width] >= 0].max() < 1e-4
