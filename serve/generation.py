@@ -82,11 +82,17 @@ class Generation:
             batch = [await self._arrived.get()]
             while not self._arrived.empty():
                 batch.append(self._arrived.get_nowait())
-            live = [pair for pair in batch if pair[0] in self._numbers]
-            for index, event in live:
-                self._note(index, event)
+            live, failure = [], None
+            for index, event in batch:
+                if index in self._numbers and failure is None:
+                    live.append((index, event))
+                    failure = self._note(index, event)
+            if failure is not None:
+                live.pop()
             if live:
                 yield live
+            if failure is not None:
+                raise failure
 
     def __enter__(self) -> Generation:
         """Return itself."""
@@ -105,8 +111,8 @@ class Generation:
         except RuntimeError:  # the loop is closed, and with it everybody who waited
             return
 
-    def _note(self, index: int, event: Event) -> None:
-        """Measure, count, and raise what the client must be told."""
+    def _note(self, index: int, event: Event) -> ApiError | None:
+        """Measure and count; return what went wrong, for the client."""
         if isinstance(event, Tokens):
             now = time.monotonic()
             histogram = self._metrics.chunk_seconds if self._started[index] else self._metrics.first_token_seconds
@@ -118,8 +124,8 @@ class Generation:
             del self._numbers[index]
             if event.reason == "error":
                 logging.getLogger("serve").error("a request failed in the engine: %s", event.detail)
-            if (error := _failure(event, self._requests[index].constraint)) is not None:
-                raise error
+            return _failure(event, self._requests[index].constraint)
+        return None
 
 
 def _failure(event: Finished, constraint: Constraint | None) -> ApiError | None:

@@ -37,13 +37,19 @@ class Server:
         self._server.should_exit = True
         self._thread.join(10)
 
+    def connection(self):
+        """Open a socket to the server."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
     def raw(self, method, path, body=b"", headers=(), read=True):
         """Send a request by hand; return all bytes of the answer, or the open socket."""
         if isinstance(body, dict | list):
             body = json.dumps(body).encode()
         lines = [f"{method} {path} HTTP/1.1", "Host: test", "Connection: close", f"Content-Length: {len(body)}"]
-        lines += ["Content-Type: application/json", *headers]
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        if not any(header.startswith("Content-Type:") for header in headers):
+            lines.append("Content-Type: application/json")
+        lines += headers
+        connection = self.connection()
         connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
         if not read:
             return connection
