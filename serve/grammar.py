@@ -38,10 +38,24 @@ class _Vocabulary:
         tags = (tokenizer.token_to_id(tag) for tag in (CALL, END_CALL, END_THINK))
         # Tags must not turn up inside strings; as special tokens they only come where a grammar names them.
         self.special_token_ids = sorted(tokenizer.control_ids | {tag for tag in tags if tag is not None})
-        self._encode = tokenizer.encode
+        self._encode = tokenizer.encode if tokenizer.joins_pieces else self._longest_matches
+        self._ids = {data: i for i, data in enumerate(self.tokens) if data and i not in self.special_token_ids}
+        self._longest = max(map(len, self._ids))
 
     def __call__(self, text: str | bytes) -> list[int]:
         return self._encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+
+    def _longest_matches(self, text: str) -> list[int]:
+        """Encode a piece from the middle of a text, where the tokenizer would put a space before it."""
+        data, ids, at = text.encode(), [], 0
+        while at < len(data):
+            sizes = range(min(self._longest, len(data) - at), 0, -1)
+            size = next((size for size in sizes if data[at : at + size] in self._ids), None)
+            if size is None:
+                break
+            ids.append(self._ids[data[at : at + size]])
+            at += size
+        return ids
 
 
 class TokenConstraint:
@@ -126,7 +140,7 @@ def regex_rule(regex: str) -> str:
     body = regex.removeprefix("^")
     if body.endswith("$") and not body.endswith("\\$"):
         body = body[:-1]
-    return f"/{regex_to_lark(body, use_ascii='')}/"
+    return f"/{regex_to_lark(body, use_ascii='dws')}/"
 
 
 def call_schema(name: str, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
