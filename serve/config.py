@@ -54,6 +54,8 @@ class ServeConfig:
     """Port to listen on; 0 takes a free one."""
     served_model_name: str | None = None
     """Name that requests give the model; None takes the folder's."""
+    adapters: tuple[str, ...] = ()
+    """Adapters to serve beside the model, each as NAME=RUN; requests name them as their model."""
     api_key_file: str | None = None
     """File with one API key a line; keys of the environment's MINILLM_API_KEYS (commas between) count too."""
     cors_origins: tuple[str, ...] = ()
@@ -75,6 +77,22 @@ class ServeConfig:
         for origin in self.cors_origins:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ConfigError(f"--cors_origins {origin}: must begin with http:// or https://")
+
+    def adapter_folders(self) -> dict[str, str]:
+        """Return the adapters' runs by name.
+
+        Raises:
+            ConfigError: an entry is not NAME=RUN, or a name is taken.
+        """
+        folders: dict[str, str] = {}
+        for entry in self.adapters:
+            name, separator, folder = entry.partition("=")
+            if not (name and separator and folder):
+                raise ConfigError(f"--adapters {entry}: must be NAME=RUN, such as pirate=runs/pirate")
+            if name in folders or name == self.model_name:
+                raise ConfigError(f"--adapters {entry}: another model is called {name}")
+            folders[name] = folder
+        return folders
 
     @property
     def model_name(self) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import secrets
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -98,6 +99,7 @@ class Gate:
         self._service.metrics.requests.labels(endpoint, str(status)).inc()
         self._service.metrics.request_seconds.labels(endpoint).observe(seconds)
         line: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "id": request_id,
             "client": (scope.get("client") or ("",))[0],
             "method": scope["method"],
