@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal comes; return the exit status."""
     with user_errors():
         options = parse_cli(Options, "Serve a model over an API like OpenAI's, and a page to talk to it.", argv=argv)
+        options.check()
         keys = read_keys(options.api_key_file, os.environ)
         adapters = options.adapter_folders()
         listener = listen(options.host, options.port)

@@ -6,6 +6,8 @@ answered from the engine's events. Nothing here knows arrays; the engine can be 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
+from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -30,7 +33,6 @@ from serve.reading import StrictRoute
 from serve.service import Service
 
 WEB = Path(__file__).parent / "web"
-JSON, EVENTS = "application/json", "text/event-stream"
 REFUSALS = {
     400: "The request cannot be served as it is written",
     401: "A key is missing or unknown",
@@ -59,6 +61,7 @@ def create_app(engine: EngineLike, tokenizer: Tokenizer, config: ServeConfig, ke
     app = FastAPI(title="minillm-jax", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     service = Service(engine, tokenizer, config, keys or ApiKeys(), Metrics(engine))
     app.state.service = service
+    app.openapi = partial(_document, app, app.openapi)  # type: ignore[method-assign]
     app.include_router(_router())
     app.mount("/web", StaticFiles(directory=WEB, check_dir=False), name="web")
     app.add_exception_handler(HTTPException, _http_error)
@@ -79,8 +82,10 @@ def _router() -> APIRouter:
     """Return all addresses but the page's files, with what the OpenAPI document says about them."""
     router = APIRouter(route_class=StrictRoute, responses={s: _refusal(text) for s, text in REFUSALS.items()})
     add = router.add_api_route
-    add("/v1/chat/completions", chat_completions, methods=["POST"], **_answers(replies.ChatCompletion, stream=True))
-    add("/v1/completions", completions, methods=["POST"], **_answers(replies.TextCompletion, stream=True))
+    chat = _answers(replies.ChatCompletion, event="ChatChunk")
+    add("/v1/chat/completions", chat_completions, methods=["POST"], **chat)
+    text = _answers(replies.TextCompletion, event="TextCompletion")
+    add("/v1/completions", completions, methods=["POST"], **text)
     add("/v1/embeddings", endpoints.embeddings, methods=["POST"], **_answers(replies.Embeddings))
     add("/v1/models", endpoints.list_models, methods=["GET"], **_answers(replies.Models))
     add("/v1/models/{model:path}", endpoints.show_model, methods=["GET"], **_answers(replies.Model))
@@ -88,16 +93,20 @@ def _router() -> APIRouter:
     add("/detokenize", endpoints.detokenize, methods=["POST"], **_answers(replies.Detokenized))
     add("/health", endpoints.health, methods=["GET"], **_answers(replies.Status))
     add("/ready", endpoints.ready, methods=["GET"], **_answers(replies.Status))
-    add("/metrics", endpoints.metrics, methods=["GET"], **_answers(None, "text/plain"))
+    add("/metrics", endpoints.metrics, methods=["GET"], **_answers(None))
     add("/", _page, methods=["GET"], include_in_schema=False)
     return router
 
 
-def _answers(model: Any, media_type: str = JSON, stream: bool = False) -> dict[str, Any]:
-    """Describe an endpoint's success."""
-    content: dict[str, Any] = {EVENTS: {"schema": {"type": "string"}}} if stream else {}
-    if model is None:
-        content[media_type] = {"schema": {"type": "string"}}
+def _answers(model: Any, *, event: str | None = None) -> dict[str, Any]:
+    """Describe an endpoint's success: an object of JSON, or text without one; and what its streams consist of."""
+    content: dict[str, Any] = {} if model is not None else {"text/plain": {"schema": {"type": "string"}}}
+    if event is not None:
+        chunk = {"$ref": f"#/components/schemas/{event}"}
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": chunk}
+        content["text/event-stream"] = {
+            "schema": {"type": "object", "properties": {"data": data}, "required": ["data"]},
+        }
     success: dict[str, Any] = {"description": "Success", "content": content}
     return {
         "response_model": None,
@@ -108,6 +117,16 @@ def _answers(model: Any, media_type: str = JSON, stream: bool = False) -> dict[s
 
 def _refusal(text: str) -> dict[str, Any]:
     return {"description": text, "model": replies.ErrorReply}
+
+
+def _document(app: FastAPI, generate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Add the form of a stream's events to the OpenAPI document, which FastAPI has no place for."""
+    if app.openapi_schema is None:
+        schema = TypeAdapter(replies.ChatChunk).json_schema(ref_template="#/components/schemas/{model}")
+        parts = schema.pop("$defs")
+        generate()["components"]["schemas"] |= parts | {"ChatChunk": schema}
+    assert app.openapi_schema is not None
+    return app.openapi_schema
 
 
 async def _page() -> Response:

@@ -68,8 +68,15 @@ class ServeConfig:
     """Write prompts into the access log."""
     limits: Limits = Limits()
 
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
+    def check(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
+        for name, value in vars(self.limits).items():
+            if value < (0 if name == "max_prompt_tokens" else 1) and not (name.endswith("timeout") and value > 0):
+                raise ConfigError(f"--{name} {value}: must be positive")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port}: must lie between 0 and 65535")
         if self.drain_timeout < 0:

@@ -8,8 +8,10 @@ import pytest
 from api_server import Server, events, unchunked
 from example_tokenizers import TOKENIZER
 from fake_engine import FakeEngine
+from pydantic import TypeAdapter
 
 from minillm_jax.tokenizer_files import byte_alphabet
+from serve.replies import ChatChunk
 
 REPLY = "话说天下大势，it was the best of times."
 HELLO = [{"role": "user", "content": "hello"}]
@@ -212,6 +214,8 @@ def test_the_wire_format_of_a_stream_is_exact(server):
     assert raw.endswith(b"data: [DONE]\n\n")
     *chunks, done = events(raw)
     assert done == b"[DONE]"
+    for chunk in chunks:
+        TypeAdapter(ChatChunk).validate_python(chunk)
     shared = {
         "object": "chat.completion.chunk",
         "model": "tiny",

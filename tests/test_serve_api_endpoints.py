@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from minillm_jax.chat import render
 from serve import api
-from serve.config import ServeConfig
+from serve.config import Limits, ServeConfig
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -133,9 +133,12 @@ def test_a_setting_that_cannot_work_is_told_by_its_flag():
         ("--port", {"port": 70000}),
         ("--drain_timeout", {"drain_timeout": -1.0}),
         ("--cors_origins", {"cors_origins": ("example.org",)}),
+        ("--max_choices", {"limits": Limits(max_choices=0)}),
+        ("--body_timeout", {"limits": Limits(body_timeout=0.0)}),
     ):
         with pytest.raises(ValueError, match=flag):
-            ServeConfig("m", **options)
+            ServeConfig("m", **options).check()
+    ServeConfig("m", limits=Limits(max_prompt_tokens=0, request_timeout=0.5)).check()
     for entry in ("pirate", "=x", "m=runs/x", "a=b"):
         with pytest.raises(ValueError, match="--adapters"):
             ServeConfig("runs/m", adapters=("a=c", entry)).adapter_folders()
