@@ -34,7 +34,7 @@ class Limits:
     """Most completions of one request: its prompts times n."""
     max_stop: int = 16
     """Most stop strings."""
-    max_logit_bias: int = 1024
+    max_logit_bias: int = 1000
     """Most entries of logit_bias."""
     max_tools: int = 128
     """Most tools that a request may offer."""

@@ -24,6 +24,8 @@ from serve.tally import Tally
 
 OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json", "/web/")
 """What needs no key: the page, and what says nothing about anybody; those that end in a slash cover what lies below."""
+PROBES = ("/health", "/ready", "/metrics")
+"""What machines ask every few seconds, and nobody wants to read about."""
 WORK_METHOD = "POST"
 """Only these requests make work, and wait until the server is ready."""
 CLIENT_GONE = 499
@@ -98,6 +100,8 @@ class Gate:
         endpoint = getattr(scope.get("route"), "path", "other")
         self._service.metrics.requests.labels(endpoint, str(status)).inc()
         self._service.metrics.request_seconds.labels(endpoint).observe(seconds)
+        if endpoint in PROBES:
+            return
         line: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "id": request_id,

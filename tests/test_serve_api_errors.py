@@ -383,6 +383,7 @@ def test_the_log_has_a_line_a_request_and_no_prompt(server, caplog):
     with caplog.at_level("INFO", logger="serve.access"):
         body = {"messages": [{"role": "user", "content": "a secret wish"}], "user": "u-1", "max_tokens": 2}
         server.raw("POST", CHAT, body)
+        server.raw("GET", "/health")
         refused(server, "POST", CHAT, {"messages": []})
     first, second = (json.loads(record.message) for record in caplog.records)
     assert (
