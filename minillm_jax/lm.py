@@ -19,7 +19,7 @@ from minillm_jax.pretrained import axes_of, load_params, load_tokenizer
 from minillm_jax.sampler import decode_stream
 from minillm_jax.sampling import SamplingParams
 from minillm_jax.sharding import make_mesh, tree_shardings
-from minillm_jax.tokenizer import StreamDecoder, Tokenizer
+from minillm_jax.tokenizer import StreamDecoder, Tokenizer, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,6 @@ def _decode(
         if row.finish_reason is None:
             row.finish("length")
     yield rows
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """Token ids of a prompt; text starts like a document, with the begin token, and holds no control tokens."""
-    return [tokenizer.bos_token_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
 
 
 def generate(

@@ -172,6 +172,16 @@ class Tokenizer:
         """Return the vocabulary's spelling of an id, or None."""
         return self._tokens.get(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token adds to a text; none for an id outside the vocabulary."""
+        if (table := self._token_bytes) is not None:
+            return table.get(token_id, b"")
+        spelling = self._tokens.get(token_id, "")
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", spelling):
+            return bytes.fromhex(byte[1])
+        before = self.encode("x")  # a text's first token may lose the space that it stands for
+        return self.decode([*before, token_id])[len(self.decode(before)) :].encode()
+
     @cached_property
     def vocab_size(self) -> int:
         """Rows an embedding table needs: the largest id plus one."""
@@ -442,6 +452,11 @@ class StreamDecoder:
     def _pending_text(self) -> str:
         before = self._tokenizer.decode(self._context)
         return self._tokenizer.decode(self._context + self._pending)[len(before) :]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """Token ids of a prompt; text starts like a document, with the begin token, and holds no control tokens."""
+    return [tokenizer.bos_token_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
