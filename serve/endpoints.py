@@ -63,7 +63,8 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     tally = tally_of(request)
     tally.model, tally.user, tally.prompt_tokens = model, body.user, sum(map(len, prompts))
     try:
-        vectors = await until_disconnected(request.receive, asyncio.to_thread(service.engine.embed, prompts))
+        work = asyncio.get_running_loop().run_in_executor(service.embedders, service.engine.embed, prompts)
+        vectors = await until_disconnected(request.receive, work)
     except (ValueError, EngineBusyError, EngineStoppedError) as error:
         raise from_engine(error) from error
     as_base64 = body.encoding_format == "base64"

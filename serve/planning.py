@@ -264,6 +264,8 @@ def _multiply(
 
 def _declared_tools(service: Service, body: ChatRequest) -> dict[str, dict[str, Any] | None]:
     """Return the parameters of the tools by name."""
+    if body.functions:
+        raise invalid("is OpenAI's older form and not read; write the functions as tools", "functions")
     declared = body.tools or []
     if len(declared) > service.limits.max_tools:
         raise invalid(f"has {len(declared)} entries; this server takes up to {service.limits.max_tools}", "tools")

@@ -281,6 +281,7 @@ class ChatRequest(Sampling):
     tools: list[Tool] | None = None
     tool_choice: ToolChoiceField = None
     parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = None
     chat_template_kwargs: TemplateOptions | None = None
     truncation: Literal["error", "turns"] | None = None
 

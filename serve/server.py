@@ -44,7 +44,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 def set_up_logs() -> None:
     """Write the access log, one JSON object a line, and warnings of everything else to stderr."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING, force=True
+    )
     logging.getLogger("serve").setLevel(logging.INFO)
     access = logging.getLogger("serve.access")
     handler = logging.StreamHandler(sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,6 +25,7 @@ class Service:
 
     Attributes:
         draining: set when the server is going to stop; no more work is taken then.
+        embedders: threads that wait for embeddings, apart from those on which requests are planned.
     """
 
     engine: EngineLike
@@ -33,6 +35,7 @@ class Service:
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
+    embedders: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "embed"))
 
     @property
     def limits(self) -> Limits:

@@ -1,6 +1,8 @@
 """The import rules of the house: arrows point one way, and code that needs no accelerator imports none."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,11 @@ def part(module):
     return module.split(".")[1] if module.count(".") else None
 
 
+def test_the_api_loads_no_jax():
+    program = "import serve.api, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_follow_the_arrows(path):
     package, *rest = path.relative_to(ROOT).with_suffix("").parts
@@ -67,7 +74,7 @@ def test_imports_follow_the_arrows(path):
     if package != "minillm_jax":
         others = {"train", "rl", "serve"} - {package}
         assert not [m for m in found if m.split(".")[0] in others]
-        if package == "serve" and rest[0] in ("api", "schemas"):
+        if package == "serve" and rest[0] in ("api", "schemas", "protocol"):
             assert not [m for m in found if m.split(".")[0] == "jax"]
         return
     assert not [m for m in found if m.split(".")[0] in ("train", "rl", "serve")]

@@ -127,6 +127,7 @@ def refused(server, method, path, body=b"", **options):
             "response_format",
             "too large",
         ),
+        (CHAT, {"functions": [{"name": "f"}]}, "functions", "as tools"),
         (CHAT, {"truncation": "letters"}, "truncation", "'turns'"),
         (CHAT, {"user": 5}, "user", "must be a string"),
         (TEXT, {"prompt": None}, "prompt", "must be a string, a list"),
