@@ -27,6 +27,7 @@ from minillm_jax.matmul import LowRank, matmul
 from minillm_jax.moe import auxiliary_loss, model_balancing_loss, moe_mlp, route
 from minillm_jax.rope import rope_tables, rotate
 from minillm_jax.sharding import constrain
+from minillm_jax.slots import LayerSlots
 
 Params = dict[str, Any]
 
@@ -131,8 +132,8 @@ class SelfAttention(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: tuple[jax.Array, jax.Array] | None, shared: Shared, layer: jax.Array) -> Any:
-        """Return `[B, T, D]` and the updated cache buffers."""
+    def __call__(self, x: jax.Array, kv: Any, shared: Shared, layer: jax.Array) -> Any:
+        """Return `[B, T, D]` and the updated cache: buffers of all layers, `LayerSlots` of this one, or None."""
         c = self.config
         batch, length, _ = x.shape
         std, size = c.initializer_range, c.head_size
@@ -147,6 +148,23 @@ class SelfAttention(nn.Module):
             k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+        if isinstance(kv, LayerSlots):  # a server's, whose rows differ in length
+            y, kv = kv.attend(q, k, v)
+        else:
+            y, kv = self._attend(q, k, v, kv, shared, layer)
+        out_std = std / math.sqrt(2 * c.num_hidden_layers)
+        y = Linear(c.hidden_size, ("heads", "embed"), out_std, name="o_proj")(y.reshape(batch, length, -1))
+        return y, kv
+
+    def _attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        kv: tuple[jax.Array, jax.Array] | None,
+        shared: Shared,
+        layer: Any,
+    ) -> Any:
         if kv is not None:
             k_buffer, k = write_layer(kv[0], k, layer, shared.start)
             v_buffer, v = write_layer(kv[1], v, layer, shared.start)
@@ -162,8 +180,6 @@ class SelfAttention(nn.Module):
             causal_layout=kv is None,
             impl=self.compute.attention_impl,
         )
-        out_std = std / math.sqrt(2 * c.num_hidden_layers)
-        y = Linear(c.hidden_size, ("heads", "embed"), out_std, name="o_proj")(y.reshape(batch, length, -1))
         return y, kv
 
 
