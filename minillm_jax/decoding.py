@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from minillm_jax.config import ComputeConfig, ModelConfig
+from minillm_jax.lora import choose_adapters
 from minillm_jax.model import Block, Params, RMSNorm, Shared, compute_dtype, unembed
 from minillm_jax.rope import rope_tables
 from minillm_jax.slots import Fresh, LayerSlots, SlotCache
@@ -35,6 +36,11 @@ def _transpose_kernels(params: Params) -> Params:
         return leaf.T if getattr(path[-1], "key", None) == "kernel" and leaf.ndim == 2 else leaf
 
     return jax.tree_util.tree_map_with_path(turn, params)
+
+
+def choose(params: Params, adapters: jax.Array) -> Params:
+    """Take the factors of the chosen adapters, a scalar or one a row `[B]`, out of parameters that hold several."""
+    return params | {"layers": choose_adapters(params["layers"], adapters)}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
@@ -62,7 +68,7 @@ def forward_slots(
     """Run the transformer up to its final norm on tokens that follow what slots hold.
 
     Args:
-        params: from `split_layers`.
+        params: from `split_layers`, adapters chosen.
         config: the model's shape.
         tokens: `[B, T]` ints.
         cache: what was read before.

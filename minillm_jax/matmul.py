@@ -70,8 +70,8 @@ class LowRank:
     Two thin products: nothing of W's size is made, forward or backward.
 
     Attributes:
-        a: `[in, r]`, or `[E, in, r]` for experts.
-        b: `[r, out]`, or `[E, r, out]`, the adapter's scale included.
+        a: `[in, r]`, or `[E, in, r]` for experts; with an axis B in front, every row of the batch has its own.
+        b: `[r, out]`, or `[E, r, out]`, the adapter's scale included; likewise.
         rate: scalar, probability of dropping an element of x; read only when there is a key.
         key: randomness of this call's dropout; None for none.
     """
@@ -87,7 +87,15 @@ class LowRank:
         if self.key is not None and self.rate is not None:
             keep = 1.0 - self.rate
             y = jnp.where(jax.random.bernoulli(self.key, keep, x.shape), x / keep.astype(x.dtype), 0.0)
-        return product(product(y, self.a.astype(x.dtype)), self.b.astype(x.dtype))
+        if product is matmul and self.a.ndim == 3:  # [B, in, r]; tokens may have been flattened
+            y = y.reshape(self.a.shape[0], -1, y.shape[-1])
+        y = product(product(y, self.a.astype(x.dtype)), self.b.astype(x.dtype))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def rowwise_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply each of `[M, D]` rows by its own matrix of `[M, D, F]`."""
+    return jnp.einsum("md,mdf->mf", x, w)
 
 
 @jax.tree_util.register_dataclass

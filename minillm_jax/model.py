@@ -117,6 +117,8 @@ class Linear(nn.Module):
         init = _named(nn.initializers.normal(self.stddev), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         y = matmul(x, kernel.astype(x.dtype))
+        if self.has_variable("params", "kernel_scale"):  # see quantize.py
+            y = y * self.get_variable("params", "kernel_scale").astype(x.dtype)
         if (adapter := _adapter(self, "kernel")) is not None:
             y = y + adapter(x)
         if self.use_bias:
@@ -212,7 +214,9 @@ class Experts(nn.Module):
 
         def weight(name: str, axes: tuple[str, ...], shape: tuple[int, ...], stddev: float) -> jax.Array:
             init = _named(nn.initializers.normal(stddev), axes)
-            return self.param(name, init, shape, jnp.float32).astype(dtype)
+            stored = self.param(name, init, shape, jnp.float32).astype(dtype)
+            scale = self.get_variable("params", f"{name}_scale")  # see quantize.py
+            return stored if scale is None else stored * scale.astype(dtype)[:, None]
 
         into, back = (c.num_experts, c.hidden_size, c.expert_size), (c.num_experts, c.expert_size, c.hidden_size)
         weights = (
@@ -446,7 +450,8 @@ def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array
     if "score" in params or not (tied or "lm_head" in params):
         raise ValueError("these are a reward model's parameters, which have no output head; see reward.reward_scores")
     head = params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"]
-    return matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+    logits = matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+    return logits if tied or "kernel_scale" not in params["lm_head"] else logits * params["lm_head"]["kernel_scale"]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))

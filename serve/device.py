@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minillm_jax.config import ComputeConfig, ModelConfig
-from minillm_jax.decoding import forward_slots, unembed_slots
+from minillm_jax.decoding import choose, forward_slots, unembed_slots
 from minillm_jax.model import Params, compute_dtype
 from minillm_jax.sampling import Penalties, SamplingArrays, penalize, sample
 from minillm_jax.slots import BLOCK, SlotCache, copy_slot, init_fresh, init_slots, store
@@ -163,6 +163,7 @@ def read_piece(
         config: the model's shape.
         compute: dtype.
     """
+    params = choose(params, adapter)
     rows, lengths = slot[None], start[None]
 
     def run(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
@@ -226,6 +227,7 @@ def decode(
         chunk: most steps C.
         eos_token_ids: tokens that end a row.
     """
+    params = choose(params, rows.adapters)
     batch = rows.slots.shape[0]
     keys = jax.vmap(_row_key)(rows.seeds)
     ends = jnp.asarray(eos_token_ids, jnp.int32)

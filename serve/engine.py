@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from minillm_jax.decoding import split_layers
 from minillm_jax.lm import LanguageModel
+from minillm_jax.lora import Adapter, lay_beside
+from minillm_jax.quantize import quantize
 from serve.compilations import compilations_here
 from serve.device import Chunk, Device, Logprobs, Piece, Rows, filler_rows
 from serve.live import HostLogprobs, Live
@@ -54,6 +56,8 @@ class EngineConfig:
     """Requests that may wait."""
     max_queue_tokens: int = 262_144
     """Tokens of prompts and longest completions that may wait."""
+    weights: Literal["stored", "int8"] = "stored"
+    """Keep matrices as they were loaded, or as 8-bit integers with a scale for each output: a quarter of the memory."""
     min_shared_prefix: int = 32
     """Shortest beginning shared with another conversation's prompt that is copied instead of read."""
 
@@ -70,10 +74,17 @@ class Engine:
     Args:
         lm: the model.
         config: sizes.
+        adapters: adapters of the model, from `minillm_jax.pretrained.load_adapter`, by the names that requests give.
     """
 
-    def __init__(self, lm: LanguageModel, config: EngineConfig = EngineConfig()) -> None:
-        self._lm, self._config = lm, config
+    def __init__(
+        self,
+        lm: LanguageModel,
+        config: EngineConfig = EngineConfig(),
+        adapters: Mapping[str, Adapter] = MappingProxyType({}),
+    ) -> None:
+        self._lm, self._config, self._adapters = lm, config, dict(adapters)
+        self._adapter_number = {None: 0} | {name: i + 1 for i, name in enumerate(adapters)}
         longest = lm.config.max_position_embeddings
         self._context = min(longest, config.context or 2048)
         self._queue = RequestQueue(config.max_queue, config.max_queue_tokens)
@@ -84,6 +95,7 @@ class Engine:
         self._stats = dict.fromkeys(("requests", "prompt_tokens", "cached_tokens", "generated_tokens"), 0)
         self._compilations = 0
         self._ready, self._stop, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self._started = False
         self._failure: BaseException | None = None
         self._device: Device
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -99,6 +111,7 @@ class Engine:
         Raises:
             EngineStoppedError: with `wait`, if compiling failed.
         """
+        self._started = True
         self._thread.start()
         if wait:
             self._ready.wait()
@@ -118,7 +131,7 @@ class Engine:
     @property
     def adapters(self) -> Sequence[str]:
         """Names of the adapters that requests may ask for."""
-        return ()
+        return tuple(self._adapters)
 
     @property
     def ready(self) -> bool:
@@ -173,11 +186,13 @@ class Engine:
     def drain(self, timeout: float) -> bool:
         """Take no more requests, let those taken end, and stop; False if some had to be given up at the timeout."""
         self._queue.close(DRAINED)
-        ended = self._ended.wait(timeout) if self._thread.is_alive() else True
+        if not self._started:
+            self._give_up_all("shutdown", DRAINED)
+            return False
+        ended = self._ended.wait(timeout)
         self._stop.set()
         self._queue.wake()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
         return ended and self._failure is None
 
     # --- The thread ----------------------------------------------------------------------------------------------
@@ -207,8 +222,13 @@ class Engine:
         largest = min(config.prefill_piece, _power_of_two(self._context))
         pieces = sorted({max(largest // 16, 1), max(largest // 4, 1), largest})
         batches = sorted({min(1 << i, config.slots) for i in range(config.slots.bit_length() + 1)})
+        params = self._lm.params
+        if config.weights == "int8":
+            params = jax.jit(quantize)(params)
+        if self._adapters:
+            params = lay_beside(params, list(self._adapters.values()))
         return Device(
-            self._lm.config, split_layers(self._lm.params, self._lm.config), sorted(self._ends), slots=config.slots,
+            self._lm.config, split_layers(params, self._lm.config), sorted(self._ends), slots=config.slots,
             length=self._context + max(largest, config.chunk), chunk=config.chunk, pieces=pieces, batches=batches,
         )  # fmt: skip
 
@@ -283,13 +303,14 @@ class Engine:
         if self._slots.used == self._config.slots or (entry := self._queue.pop()) is None:
             return None
         request = entry.request
-        place = self._slots.take(request.token_ids, 0, reuse=not request.prompt_logprobs and entry.pooled is None)
+        adapter = self._adapter_number[request.adapter]
+        place = self._slots.take(request.token_ids, adapter, reuse=not request.prompt_logprobs and entry.pooled is None)
         assert place is not None
         slot, cached = place.slot, len(place.slot.tokens)
         if place.source is not None:
             self._device.copy_row(place.source, slot.number)
         budget = min(request.max_new_tokens, self._context - len(request.token_ids))
-        live = Live(entry, slot, budget, adapter=0, cached=cached, read=cached)
+        live = Live(entry, slot, budget, adapter=adapter, cached=cached, read=cached)
         if _penalised(request):
             seen, bias = np.zeros(self.vocab_size, bool), np.zeros(self.vocab_size, np.float32)
             seen[np.asarray(request.token_ids)] = True
@@ -412,26 +433,3 @@ def _fail_with(future: Future[np.ndarray]) -> Sink:
             future.set_exception(RuntimeError(f"no embedding: {event.reason} {event.detail}"))
 
     return sink
-
-
-def generate(engine: Any, request: Request) -> Iterator[Event]:
-    """Submit a request and yield its events, the last one included; closing the generator cancels it.
-
-    Args:
-        engine: an `EngineLike`.
-        request: what to complete.
-
-    Raises:
-        ValueError, EngineBusyError, EngineStoppedError: see `EngineLike.submit`.
-    """
-    events: SimpleQueue[Event] = SimpleQueue()
-    number = engine.submit(request, events.put)
-    ended = False
-    try:
-        while not ended:
-            event = events.get()
-            ended = isinstance(event, Finished)
-            yield event
-    finally:
-        if not ended:
-            engine.cancel(number)

@@ -9,8 +9,8 @@ from minillm_jax.config import ModelConfig
 from minillm_jax.lm import LanguageModel
 from minillm_jax.model import forward, init_params
 from minillm_jax.tokenizer import MissingTokenizer
+from serve.client import generate as events_of
 from serve.engine import Engine, EngineConfig
-from serve.engine import generate as events_of
 from serve.protocol import Finished, PromptRead, Tokens
 
 VOCAB = 97

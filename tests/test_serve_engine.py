@@ -94,7 +94,7 @@ def test_a_completion_ends_with_the_context(engine):
 
 
 def test_no_new_tokens_only_reads(engine):
-    read, got, last = complete(engine, Request(PROMPTS[4], 0))
+    _, got, last = complete(engine, Request(PROMPTS[4], 0))
     assert (got.token_ids, last) == ((), Finished("length"))
 
 
