@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 128
-"""Rows of one step of the grouped product on CPU."""
+"""Most rows of one step of the grouped product on CPU; a decoding step has fewer rows than this in all."""
 
 
 @jax.custom_vjp
@@ -106,25 +106,29 @@ class _Blocks:
     source: jax.Array  # [P] row that fills each padded slot
     filled: jax.Array  # [P] whether it is a row at all
     target: jax.Array  # [M] padded slot of each row
-    group: jax.Array  # [P / BLOCK] group of each block
+    group: jax.Array  # [P / size] group of each block
     used: jax.Array  # scalar, blocks in use
 
 
+def _block_size(rows: int) -> int:
+    return min(BLOCK, 1 << (rows - 1).bit_length())
+
+
 def _layout(rows: int, sizes: jax.Array) -> _Blocks:
-    groups = sizes.shape[0]
-    blocks = -(-rows // BLOCK) + groups  # no layout needs more
-    blocks_of = -(-sizes // BLOCK)
+    groups, size = sizes.shape[0], _block_size(rows)
+    blocks = -(-rows // size) + groups  # no layout needs more
+    blocks_of = -(-sizes // size)
     first_block = jnp.cumsum(blocks_of) - blocks_of
     first_row = jnp.cumsum(sizes) - sizes
     group = jnp.minimum(jnp.searchsorted(jnp.cumsum(blocks_of), jnp.arange(blocks), side="right"), groups - 1)
-    slot = jnp.arange(blocks * BLOCK)
-    slot_group = jnp.repeat(group, BLOCK)
-    within = slot - first_block[slot_group] * BLOCK
+    slot = jnp.arange(blocks * size)
+    slot_group = jnp.repeat(group, size)
+    within = slot - first_block[slot_group] * size
     row_group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
     return _Blocks(
         source=jnp.clip(first_row[slot_group] + within, 0, rows - 1),
         filled=within < sizes[slot_group],
-        target=first_block[row_group] * BLOCK + jnp.arange(rows) - first_row[row_group],
+        target=first_block[row_group] * size + jnp.arange(rows) - first_row[row_group],
         group=group,
         used=blocks_of.sum(),
     )
@@ -132,7 +136,7 @@ def _layout(rows: int, sizes: jax.Array) -> _Blocks:
 
 def _pad(x: jax.Array, layout: _Blocks) -> jax.Array:
     padded = jnp.where(layout.filled[:, None], x[layout.source], 0)
-    return padded.reshape(-1, BLOCK, x.shape[-1])  # [P / BLOCK, BLOCK, D]
+    return padded.reshape(-1, _block_size(x.shape[0]), x.shape[-1])  # [P / size, size, D]
 
 
 def _multiply(x: jax.Array, w: jax.Array, layout: _Blocks, transpose: bool) -> jax.Array:

@@ -151,10 +151,19 @@ def filter_logits(logits: jax.Array, settings: SamplingArrays) -> jax.Array:
     vocab = logits.shape[-1]
     top_k = jnp.where(settings.top_k > 0, settings.top_k, vocab)[:, None]
     probs = jax.nn.softmax(logits, axis=-1)
-    threshold = _largest_threshold(probs, lambda kept: kept.sum(-1) >= jnp.minimum(top_k[:, 0], vocab))
+    nothing = jnp.zeros(probs.shape[0])
+    threshold = jax.lax.cond(
+        (settings.top_k > 0).any(),
+        lambda: _largest_threshold(probs, lambda kept: kept.sum(-1) >= jnp.minimum(top_k[:, 0], vocab)),
+        lambda: nothing,
+    )
     probs = jnp.where(probs >= threshold[:, None], probs, 0.0)
     mass = settings.top_p * probs.sum(-1)
-    nucleus = _largest_threshold(probs, lambda kept: jnp.where(kept, probs, 0.0).sum(-1) >= mass)
+    nucleus = jax.lax.cond(
+        (settings.top_p < 1.0).any(),
+        lambda: _largest_threshold(probs, lambda kept: jnp.where(kept, probs, 0.0).sum(-1) >= mass),
+        lambda: nothing,
+    )
     nucleus = jnp.where(settings.top_p < 1.0, nucleus, 0.0)
     floor = jnp.maximum(nucleus, settings.min_p * probs.max(-1))
     return jnp.where((probs >= floor[:, None]) & (probs > 0), logits, -jnp.inf)
