@@ -87,7 +87,7 @@ class Engine:
         self._adapter_number = {None: 0} | {name: i + 1 for i, name in enumerate(adapters)}
         longest = lm.config.max_position_embeddings
         self._context = min(longest, config.context or 2048)
-        self._queue = RequestQueue(config.max_queue, config.max_queue_tokens)
+        self._queue = RequestQueue(config.max_queue, config.max_queue_tokens, self._context)
         self._slots = Slots(config.slots, config.min_shared_prefix)
         self._ends = frozenset(lm.tokenizer.eos_token_ids)
         self._live: list[Live] = []
@@ -185,7 +185,8 @@ class Engine:
 
     def drain(self, timeout: float) -> bool:
         """Take no more requests, let those taken end, and stop; False if some had to be given up at the timeout."""
-        self._queue.close(DRAINED)
+        if not self._queue.closed:
+            self._queue.close(DRAINED)
         if not self._started:
             self._give_up_all("shutdown", DRAINED)
             return False

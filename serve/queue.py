@@ -59,13 +59,14 @@ class RequestQueue:
     Args:
         max_requests: most requests that wait.
         max_tokens: most tokens that they may cost; a request alone in the queue may cost more.
+        context: most tokens that one request can cost, whatever it asks for.
     """
 
-    def __init__(self, max_requests: int, max_tokens: int) -> None:
+    def __init__(self, max_requests: int, max_tokens: int, context: int) -> None:
         self._changed = threading.Condition()
         self._entries: deque[Entry] = deque()
         self._cancelled: set[int] = set()
-        self._max_requests, self._max_tokens = max_requests, max_tokens
+        self._max_requests, self._max_tokens, self._context = max_requests, max_tokens, context
         self._tokens = 0
         self._closed: str | None = None
         self._next = 0
@@ -78,7 +79,7 @@ class RequestQueue:
             EngineBusyError: there is no room.
             EngineStoppedError: the queue was closed.
         """
-        cost = len(request.token_ids) + request.max_new_tokens
+        cost = min(len(request.token_ids) + request.max_new_tokens, self._context)
         with self._changed:
             if self._closed is not None:
                 raise EngineStoppedError(self._closed)
@@ -122,7 +123,7 @@ class RequestQueue:
             return cancelled
 
     def close(self, why: str) -> None:
-        """Refuse further requests; the first reason given stands, unless a later one is a failure."""
+        """Refuse further requests, saying why."""
         with self._changed:
             self._closed = why
             self._changed.notify_all()

@@ -48,6 +48,8 @@ def check_request(request: Request, engine: EngineLike) -> None:
         raise ValueError(f"logit_bias has {len(request.logit_bias)} entries; at most {MAX_BIASES} are possible")
     if strange := [token for token in request.logit_bias if not 0 <= token < engine.vocab_size]:
         raise ValueError(f"logit_bias: {strange[0]} is no token: ids lie in 0 … {engine.vocab_size - 1}")
+    if infinite := [token for token, value in request.logit_bias.items() if not abs(value) < float("inf")]:
+        raise ValueError(f"logit_bias: the bias of token {infinite[0]} must be a finite number")
     if request.adapter is not None and request.adapter not in engine.adapters:
         known = ", ".join(engine.adapters) or "none"
         raise ValueError(f"adapter {request.adapter!r} is unknown; there are: {known}")

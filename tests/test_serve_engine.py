@@ -28,7 +28,7 @@ def greedy(lm, prompts, new=NEW):
     "config",
     [
         DENSE,
-        dataclasses.replace(DENSE, use_moe=True, num_experts=3),
+        pytest.param(dataclasses.replace(DENSE, use_moe=True, num_experts=3), marks=pytest.mark.slow),
         dataclasses.replace(DENSE, tie_word_embeddings=False, use_qk_norm=True, attention_bias=True),
         dataclasses.replace(DENSE, rope_scaling=RopeScaling(factor=4.0, original_max_position_embeddings=32)),
     ],
@@ -120,6 +120,7 @@ def test_embeddings_are_mean_hidden_states(engine):
         (Request([1], 3, top_p=0.0), r"top_p must lie in \(0, 1\]"),
         (Request([1], 3, logprobs=21), r"logprobs must lie in \[0, 20\]"),
         (Request([1], 3, logit_bias={VOCAB: 1.0}), "logit_bias: 97 is no token"),
+        (Request([1], 3, logit_bias={5: float("-inf")}), "logit_bias: the bias of token 5 must be a finite number"),
         (Request([1], 3, adapter="x"), "adapter 'x' is unknown; there are: none"),
     ],
 )

@@ -33,7 +33,11 @@ def adapters_of(lm, configs):
     return {name: Adapter(draw(i, config), config) for i, (name, config) in enumerate(configs.items())}
 
 
-@pytest.mark.parametrize(("config", "configs"), [(DENSE, SOME), (MOE, SOME | ROUTED)], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    ("config", "configs"),
+    [(DENSE, SOME), pytest.param(MOE, SOME | ROUTED, marks=pytest.mark.slow)],
+    ids=["dense", "moe"],
+)
 def test_adapters_in_one_batch_equal_merged_models(config, configs):
     lm = model(config)
     adapters = adapters_of(lm, configs)

@@ -144,9 +144,9 @@ def test_a_failing_device_ends_everything_with_an_error(engine, method):
     assert [event.reason for event in last].count("error") >= 5
     assert all("on fire" in event.detail for event in last if event.reason == "error")
     assert not engine.ready
+    assert not engine.drain(1)
     with pytest.raises(EngineStoppedError, match="on fire"):
         engine.submit(LONG, print)
-    assert not engine.drain(1)
 
 
 def test_an_engine_that_cannot_be_compiled_says_so():
@@ -177,13 +177,15 @@ def test_an_engine_that_was_never_started_can_be_drained():
 
 
 def test_one_request_alone_may_cost_more_than_the_queue_holds():
-    queue = RequestQueue(max_requests=5, max_tokens=10)
+    queue = RequestQueue(max_requests=5, max_tokens=10, context=100)
     queue.put(Request([1] * 20, 5), print)
     with pytest.raises(EngineBusyError):
         queue.put(Request([1], 1), print)
     assert queue.waiting() == (1, 25)
     assert queue.pop().cost == 25 and queue.pop() is None
     assert queue.waiting() == (0, 0)
+    queue.put(Request([1] * 20, 10**9), print)  # it will end with the context
+    assert queue.waiting() == (1, 100)
 
 
 def test_throughput_follows_the_speed_of_late():
