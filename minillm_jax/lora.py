@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,6 +26,19 @@ from minillm_jax.losses import Batch, LossFn, Metrics
 from minillm_jax.model import Params
 
 FACTORS = frozenset({"a", "b"})
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter with what is needed to use it.
+
+    Attributes:
+        params: factors, from `init_adapter` or a run.
+        config: its scale.
+    """
+
+    params: Params
+    config: LoraConfig
 
 
 def init_adapter(shapes: Params, config: LoraConfig, key: jax.Array) -> Params:
@@ -107,6 +121,83 @@ def merge(base: Params, adapter: Params, config: LoraConfig) -> Params:
         return {name: (weight.astype(jnp.float32) + config.lora_scale * product).astype(weight.dtype)}
 
     return _join(base, adapter, add)
+
+
+def lay_beside(base: Params, adapters: Sequence[Adapter]) -> Params:
+    """Lay several adapters beside the weights of their base, so that each row of a batch can choose one.
+
+    Adapter 0 is none at all: its factors are zero. Smaller ranks, and projections that an adapter leaves alone, are
+    filled up with zeros.
+
+    Args:
+        base: parameters.
+        adapters: A of them; the i-th becomes number i + 1.
+
+    Returns:
+        Parameters with `kernel_lora_a` `[L, A + 1, in, r]` and `kernel_lora_b` `[L, A + 1, r, out]` beside each kernel
+        that some adapter adapts, scale included, and with an axis E before the last two beside experts.
+
+    Raises:
+        ValueError: an adapter adapts something that the base does not have.
+    """
+    rank = max((adapter.config.lora_rank for adapter in adapters), default=0)
+    scaled = [_factors(adapter) for adapter in adapters]
+    known = dict(projections(base))
+    if strange := [name for factors in scaled for name in factors if name not in known]:
+        raise ValueError(f"an adapter is for {strange[0]}, which this model does not have")
+    stacks: Params = {}
+    for name in dict.fromkeys(name for factors in scaled for name in factors):
+        *stack, width, features = _leaf(base, known[name]).shape
+        empty = (jnp.zeros((*stack, width, 0)), jnp.zeros((*stack, 0, features)))
+        a, b = zip(*[_pad_rank(*factors.get(name, empty), rank) for factors in [{}, *scaled]], strict=True)
+        node = stacks
+        for key in (keys := ("layers", *name.split(".")))[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = {"a": jnp.stack(a, 1), "b": jnp.stack(b, 1)}
+
+    def beside(name: str, weight: jax.Array, factors: Params) -> Params:
+        return {name: weight, f"{name}_lora_a": factors["a"], f"{name}_lora_b": factors["b"]}
+
+    return _join(base, stacks, beside)
+
+
+def choose_adapters(layers: Any, chosen: jax.Array) -> Any:
+    """Take the chosen adapters' factors out of layers that `lay_beside` made, stacks split up.
+
+    Args:
+        layers: tree with factors `[A + 1, …, in, r]` and `[A + 1, …, r, out]`.
+        chosen: scalar, or `[B]` for one a row.
+
+    Returns:
+        The tree with factors `[…, in, r]`, or `[B, …, in, r]`.
+    """
+
+    def choose(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf[chosen] if str(getattr(path[-1], "key", "")).endswith(("_lora_a", "_lora_b")) else leaf
+
+    return jax.tree_util.tree_map_with_path(choose, layers)
+
+
+def _factors(adapter: Adapter) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The scaled factors of an adapter by the dotted names of `projections`."""
+    found: dict[str, dict[str, jax.Array]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(adapter.params)[0]:
+        keys = [entry.key for entry in path]
+        if keys[-1] in FACTORS:
+            found.setdefault(".".join(keys[1:-1]), {})[keys[-1]] = leaf.astype(jnp.float32)
+    return {name: (pair["a"], pair["b"] * adapter.config.lora_scale) for name, pair in found.items()}
+
+
+def _pad_rank(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    missing = rank - a.shape[-1]
+    still = [(0, 0)] * (a.ndim - 2)
+    return jnp.pad(a, [*still, (0, 0), (0, missing)]), jnp.pad(b, [*still, (0, missing), (0, 0)])
+
+
+def _leaf(tree: Params, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
 
 
 def adapted_loss(loss_fn: LossFn, config: LoraConfig) -> LossFn:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 128
-"""Rows of one step of the grouped product on CPU."""
+"""Most rows of one step of the grouped product on CPU; a decoding step has fewer rows than this in all."""
 
 
 @jax.custom_vjp
@@ -70,8 +70,8 @@ class LowRank:
     Two thin products: nothing of W's size is made, forward or backward.
 
     Attributes:
-        a: `[in, r]`, or `[E, in, r]` for experts.
-        b: `[r, out]`, or `[E, r, out]`, the adapter's scale included.
+        a: `[in, r]`, or `[E, in, r]` for experts; with an axis B in front, every row of the batch has its own.
+        b: `[r, out]`, or `[E, r, out]`, the adapter's scale included; likewise.
         rate: scalar, probability of dropping an element of x; read only when there is a key.
         key: randomness of this call's dropout; None for none.
     """
@@ -87,7 +87,15 @@ class LowRank:
         if self.key is not None and self.rate is not None:
             keep = 1.0 - self.rate
             y = jnp.where(jax.random.bernoulli(self.key, keep, x.shape), x / keep.astype(x.dtype), 0.0)
-        return product(product(y, self.a.astype(x.dtype)), self.b.astype(x.dtype))
+        if product is matmul and self.a.ndim == 3:  # [B, in, r]; tokens may have been flattened
+            y = y.reshape(self.a.shape[0], -1, y.shape[-1])
+        y = product(product(y, self.a.astype(x.dtype)), self.b.astype(x.dtype))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def rowwise_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply each of `[M, D]` rows by its own matrix of `[M, D, F]`."""
+    return jnp.einsum("md,mdf->mf", x, w)
 
 
 @jax.tree_util.register_dataclass
@@ -98,25 +106,29 @@ class _Blocks:
     source: jax.Array  # [P] row that fills each padded slot
     filled: jax.Array  # [P] whether it is a row at all
     target: jax.Array  # [M] padded slot of each row
-    group: jax.Array  # [P / BLOCK] group of each block
+    group: jax.Array  # [P / size] group of each block
     used: jax.Array  # scalar, blocks in use
 
 
+def _block_size(rows: int) -> int:
+    return min(BLOCK, 1 << (rows - 1).bit_length())
+
+
 def _layout(rows: int, sizes: jax.Array) -> _Blocks:
-    groups = sizes.shape[0]
-    blocks = -(-rows // BLOCK) + groups  # no layout needs more
-    blocks_of = -(-sizes // BLOCK)
+    groups, size = sizes.shape[0], _block_size(rows)
+    blocks = -(-rows // size) + groups  # no layout needs more
+    blocks_of = -(-sizes // size)
     first_block = jnp.cumsum(blocks_of) - blocks_of
     first_row = jnp.cumsum(sizes) - sizes
     group = jnp.minimum(jnp.searchsorted(jnp.cumsum(blocks_of), jnp.arange(blocks), side="right"), groups - 1)
-    slot = jnp.arange(blocks * BLOCK)
-    slot_group = jnp.repeat(group, BLOCK)
-    within = slot - first_block[slot_group] * BLOCK
+    slot = jnp.arange(blocks * size)
+    slot_group = jnp.repeat(group, size)
+    within = slot - first_block[slot_group] * size
     row_group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
     return _Blocks(
         source=jnp.clip(first_row[slot_group] + within, 0, rows - 1),
         filled=within < sizes[slot_group],
-        target=first_block[row_group] * BLOCK + jnp.arange(rows) - first_row[row_group],
+        target=first_block[row_group] * size + jnp.arange(rows) - first_row[row_group],
         group=group,
         used=blocks_of.sum(),
     )
@@ -124,7 +136,7 @@ def _layout(rows: int, sizes: jax.Array) -> _Blocks:
 
 def _pad(x: jax.Array, layout: _Blocks) -> jax.Array:
     padded = jnp.where(layout.filled[:, None], x[layout.source], 0)
-    return padded.reshape(-1, BLOCK, x.shape[-1])  # [P / BLOCK, BLOCK, D]
+    return padded.reshape(-1, _block_size(x.shape[0]), x.shape[-1])  # [P / size, size, D]
 
 
 def _multiply(x: jax.Array, w: jax.Array, layout: _Blocks, transpose: bool) -> jax.Array:

@@ -27,6 +27,7 @@ from minillm_jax.matmul import LowRank, matmul
 from minillm_jax.moe import auxiliary_loss, model_balancing_loss, moe_mlp, route
 from minillm_jax.rope import rope_tables, rotate
 from minillm_jax.sharding import constrain
+from minillm_jax.slots import LayerSlots
 
 Params = dict[str, Any]
 
@@ -116,6 +117,8 @@ class Linear(nn.Module):
         init = _named(nn.initializers.normal(self.stddev), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         y = matmul(x, kernel.astype(x.dtype))
+        if self.has_variable("params", "kernel_scale"):  # see quantize.py
+            y = y * self.get_variable("params", "kernel_scale").astype(x.dtype)
         if (adapter := _adapter(self, "kernel")) is not None:
             y = y + adapter(x)
         if self.use_bias:
@@ -131,8 +134,8 @@ class SelfAttention(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: tuple[jax.Array, jax.Array] | None, shared: Shared, layer: jax.Array) -> Any:
-        """Return `[B, T, D]` and the updated cache buffers."""
+    def __call__(self, x: jax.Array, kv: Any, shared: Shared, layer: jax.Array) -> Any:
+        """Return `[B, T, D]` and the updated cache: buffers of all layers, `LayerSlots` of this one, or None."""
         c = self.config
         batch, length, _ = x.shape
         std, size = c.initializer_range, c.head_size
@@ -147,6 +150,23 @@ class SelfAttention(nn.Module):
             k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+        if isinstance(kv, LayerSlots):  # a server's, whose rows differ in length
+            y, kv = kv.attend(q, k, v)
+        else:
+            y, kv = self._attend(q, k, v, kv, shared, layer)
+        out_std = std / math.sqrt(2 * c.num_hidden_layers)
+        y = Linear(c.hidden_size, ("heads", "embed"), out_std, name="o_proj")(y.reshape(batch, length, -1))
+        return y, kv
+
+    def _attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        kv: tuple[jax.Array, jax.Array] | None,
+        shared: Shared,
+        layer: Any,
+    ) -> Any:
         if kv is not None:
             k_buffer, k = write_layer(kv[0], k, layer, shared.start)
             v_buffer, v = write_layer(kv[1], v, layer, shared.start)
@@ -162,8 +182,6 @@ class SelfAttention(nn.Module):
             causal_layout=kv is None,
             impl=self.compute.attention_impl,
         )
-        out_std = std / math.sqrt(2 * c.num_hidden_layers)
-        y = Linear(c.hidden_size, ("heads", "embed"), out_std, name="o_proj")(y.reshape(batch, length, -1))
         return y, kv
 
 
@@ -196,7 +214,9 @@ class Experts(nn.Module):
 
         def weight(name: str, axes: tuple[str, ...], shape: tuple[int, ...], stddev: float) -> jax.Array:
             init = _named(nn.initializers.normal(stddev), axes)
-            return self.param(name, init, shape, jnp.float32).astype(dtype)
+            stored = self.param(name, init, shape, jnp.float32).astype(dtype)
+            scale = self.get_variable("params", f"{name}_scale")  # see quantize.py
+            return stored if scale is None else stored * scale.astype(dtype)[:, None]
 
         into, back = (c.num_experts, c.hidden_size, c.expert_size), (c.num_experts, c.expert_size, c.hidden_size)
         weights = (
@@ -430,7 +450,8 @@ def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array
     if "score" in params or not (tied or "lm_head" in params):
         raise ValueError("these are a reward model's parameters, which have no output head; see reward.reward_scores")
     head = params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"]
-    return matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+    logits = matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+    return logits if tied or "kernel_scale" not in params["lm_head"] else logits * params["lm_head"]["kernel_scale"]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from minillm_jax.cache import BRANCH
 from minillm_jax.config import ModelConfig
-from minillm_jax.matmul import LowRank, grouped_matmul
+from minillm_jax.matmul import LowRank, grouped_matmul, rowwise_matmul
 
 
 @jax.tree_util.register_dataclass
@@ -145,7 +145,12 @@ def moe_mlp(
 
     def project(rows: jax.Array, weight: jax.Array, adapter: LowRank | None) -> jax.Array:
         y = grouped(rows, weight)
-        return y if adapter is None else y + adapter(rows, grouped)
+        if adapter is None:
+            return y
+        if adapter.a.ndim == 4:  # [B, E, in, r]: a row of the batch has an adapter of its own
+            mine = order // k * adapter.a.shape[0] // tokens, assigned[order]
+            return y + LowRank(adapter.a[mine], adapter.b[mine])(rows, rowwise_matmul)
+        return y + adapter(rows, grouped)
 
     hidden = jax.nn.silu(project(rows, gate, adapters[0])) * project(rows, up, adapters[1])
     outputs = _unsort(project(hidden, down, adapters[2]), order, inverse)

@@ -21,7 +21,7 @@ from minillm_jax.checkpoint import Report
 from minillm_jax.config import ModelConfig, shape_difference
 from minillm_jax.hf_config import HfError, is_classifier, model_config_from_hf
 from minillm_jax.hf_tensors import read_params
-from minillm_jax.lora import merge
+from minillm_jax.lora import Adapter, merge
 from minillm_jax.model import Params, param_axes
 from minillm_jax.reward import is_reward_model, reward_axes, scored
 from minillm_jax.sharding import tree_shardings
@@ -92,6 +92,30 @@ def load_params(
         return checkpoint.load_params(path, dtype=dtype, shardings=shardings, report=report)
     config = _in_folder(path, values)
     return config, read_params(Path(path), config, scored=is_classifier(values), dtype=dtype, shardings=shardings)
+
+
+def load_adapter(path: str | Path, base: ModelConfig, *, report: Report = warnings.warn) -> Adapter:
+    """Load an adapter alone, to be used with a base that is loaded already.
+
+    Args:
+        path: run of the adapter, or one of its checkpoints.
+        base: shape of the base.
+        report: see `load_params`.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint.
+        AdapterError: it holds a whole model, or the base has another shape than the one the adapter was trained on.
+    """
+    file = read_adapter_file(path) if read_hf_config(path) is None else None
+    if file is None:
+        raise AdapterError(f"{path} is no adapter's run; give the run of a stage that was started with --lora_rank")
+    config, params = checkpoint.load_params(path, report=report)
+    if difference := shape_difference(config.resolved(), base.resolved()):
+        name, ours, theirs = difference
+        raise AdapterError(f"{path} adapts a model with {name} {ours}; the base has {theirs}")
+    if is_reward_model(params):
+        raise AdapterError(f"{path} adapts a reward model, which writes no text")
+    return Adapter(params, file.lora)
 
 
 def holds_reward_model(path: str | Path) -> bool:

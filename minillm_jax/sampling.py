@@ -85,6 +85,46 @@ def penalize_repetition(logits: jax.Array, seen: jax.Array, penalty: jax.Array) 
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Penalties:
+    """What makes tokens less likely, each `[B]`; see `penalize`.
+
+    Attributes:
+        repetition: factor for tokens of prompt and completion; 1 for none.
+        presence: taken off once for a token of the completion.
+        frequency: taken off for each time that the completion holds the token.
+        biased: bool, whether the row's bias is to be added.
+    """
+
+    repetition: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+    biased: jax.Array
+
+
+def penalize(logits: jax.Array, seen: jax.Array, counts: jax.Array, bias: jax.Array, penalties: Penalties) -> jax.Array:
+    """Apply all penalties; a batch without any gets its logits back at no cost.
+
+    Args:
+        logits: `[B, V]` float32.
+        seen: `[B, V]` bool, tokens of prompt and completion.
+        counts: `[B, V]` ints, how often the completion holds each token.
+        bias: `[B, V]`, added where the row is biased.
+        penalties: of each row.
+    """
+
+    def apply() -> jax.Array:
+        repetition = penalize_repetition(logits, seen, penalties.repetition)
+        off = penalties.presence[:, None] * (counts > 0) + penalties.frequency[:, None] * counts
+        rowwise = (penalties.presence != 0) | (penalties.frequency != 0)
+        less = jnp.where(rowwise[:, None], repetition - off, repetition)
+        return jnp.where(penalties.biased[:, None], less + bias, less)
+
+    some = (penalties.repetition != 1) | (penalties.presence != 0) | (penalties.frequency != 0) | penalties.biased
+    return jax.lax.cond(some.any(), apply, lambda: logits)
+
+
 def _largest_threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Largest threshold `[B]` for which `enough(probs >= threshold)` holds, by bisection over non-negative floats.
 
@@ -112,10 +152,19 @@ def filter_logits(logits: jax.Array, settings: SamplingArrays) -> jax.Array:
     vocab = logits.shape[-1]
     top_k = jnp.where(settings.top_k > 0, settings.top_k, vocab)[:, None]
     probs = jax.nn.softmax(logits, axis=-1)
-    threshold = _largest_threshold(probs, lambda kept: kept.sum(-1) >= jnp.minimum(top_k[:, 0], vocab))
+    nothing = jnp.zeros(probs.shape[0])
+    threshold = jax.lax.cond(
+        (settings.top_k > 0).any(),
+        lambda: _largest_threshold(probs, lambda kept: kept.sum(-1) >= jnp.minimum(top_k[:, 0], vocab)),
+        lambda: nothing,
+    )
     probs = jnp.where(probs >= threshold[:, None], probs, 0.0)
     mass = settings.top_p * probs.sum(-1)
-    nucleus = _largest_threshold(probs, lambda kept: jnp.where(kept, probs, 0.0).sum(-1) >= mass)
+    nucleus = jax.lax.cond(
+        (settings.top_p < 1.0).any(),
+        lambda: _largest_threshold(probs, lambda kept: jnp.where(kept, probs, 0.0).sum(-1) >= mass),
+        lambda: nothing,
+    )
     nucleus = jnp.where(settings.top_p < 1.0, nucleus, 0.0)
     floor = jnp.maximum(nucleus, settings.min_p * probs.max(-1))
     return jnp.where((probs >= floor[:, None]) & (probs > 0), logits, -jnp.inf)

@@ -25,7 +25,7 @@ from minillm_jax.lora_peft import read_peft, write_peft
 from minillm_jax.losses import language_model_loss
 from minillm_jax.model import forward, forward_hidden, init_params, param_axes, unembed
 from minillm_jax.optim import make_optimizer
-from minillm_jax.pretrained import load_params, read_model_config
+from minillm_jax.pretrained import load_adapter, load_params, read_model_config
 from minillm_jax.run import write_run
 from minillm_jax.trainer import init_state
 from train.sft import SftConfig
@@ -269,6 +269,22 @@ def runs(tmp_path_factory):
 
 def logits_of(lm):
     return forward(lm.params, lm.config, TOKENS)
+
+
+def test_an_adapter_alone_is_loaded_for_a_base_of_its_shape(runs):
+    config, params = load_params(runs / "base")
+    adapter = load_adapter(runs / "adapter", config)
+    assert adapter.config.lora_targets == ("q_proj", "up_proj")
+    _, merged = load_params(runs / "adapter")
+    expected, got = (
+        forward(merged, config, TOKENS),
+        forward(merge(params, adapter.params, adapter.config), config, TOKENS),
+    )
+    np.testing.assert_allclose(got, expected, **TOLERANCE)
+    with pytest.raises(AdapterError, match=r"no adapter's run"):
+        load_adapter(runs / "base", config)
+    with pytest.raises(AdapterError, match=r"num_hidden_layers 2; the base has 3"):
+        load_adapter(runs / "adapter", dataclasses.replace(config, num_hidden_layers=3))
 
 
 def test_an_adapters_checkpoint_holds_its_arrays_and_what_they_belong_to(runs):

@@ -1,0 +1,103 @@
+"""The model as a server runs it: layer after layer, each with arrays of its own, over a cache of slots.
+
+The layers' weights come as a tuple, because cutting one layer out of a stack copies it, which takes as long as the
+decoding product itself. The layers are those of `model.py`; one is traced, and called for all.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from minillm_jax.config import ComputeConfig, ModelConfig
+from minillm_jax.lora import choose_adapters
+from minillm_jax.model import Block, Params, RMSNorm, Shared, compute_dtype, unembed
+from minillm_jax.rope import rope_tables
+from minillm_jax.slots import Fresh, LayerSlots, SlotCache
+
+
+def split_layers(params: Params, config: ModelConfig) -> Params:
+    """Lay parameters out for `forward_slots`.
+
+    The stack of layers `[L, …]` becomes a tuple of L trees, and matrices `[in, out]` lie transposed, as products of a
+    few rows read them fastest on CPU.
+    """
+    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.num_hidden_layers))
+    return _transpose_kernels(params | {"layers": layers})
+
+
+def _transpose_kernels(params: Params) -> Params:
+    """Transpose the matrices of `Linear` modules and of the head."""
+
+    def turn(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf.T if getattr(path[-1], "key", None) == "kernel" and leaf.ndim == 2 else leaf
+
+    return jax.tree_util.tree_map_with_path(turn, params)
+
+
+def choose(params: Params, adapters: jax.Array) -> Params:
+    """Take the factors of the chosen adapters, a scalar or one a row `[B]`, out of parameters that hold several."""
+    return params | {"layers": choose_adapters(params["layers"], adapters)}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _layer(
+    params: Params, x: jax.Array, slots: LayerSlots, shared: Shared, *, config: ModelConfig, compute: ComputeConfig
+) -> tuple[jax.Array, LayerSlots]:
+    block = Block(config, compute, deterministic=True)
+    (x, slots), _ = block.apply({"params": _transpose_kernels(params)}, (x, slots), jnp.zeros((), jnp.int32), shared)
+    return x, slots
+
+
+def forward_slots(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    *,
+    cache: SlotCache,
+    fresh: Fresh,
+    rows: jax.Array,
+    lengths: jax.Array,
+    index: jax.Array,
+    blocks: jax.Array,
+    compute: ComputeConfig = ComputeConfig(),
+) -> tuple[jax.Array, Fresh]:
+    """Run the transformer up to its final norm on tokens that follow what slots hold.
+
+    Args:
+        params: from `split_layers`, adapters chosen.
+        config: the model's shape.
+        tokens: `[B, T]` ints.
+        cache: what was read before.
+        fresh: tokens of this call, `index` of them so far in every row.
+        rows: `[B]` slot of each row.
+        lengths: `[B]` stored tokens of each row.
+        index: scalar.
+        blocks: scalar, blocks of `slots.BLOCK` tokens that cover the longest row.
+        compute: dtype of activations.
+
+    Returns:
+        `[B, T, D]` final hidden states, normalised, and the fresh tokens with these among them.
+    """
+    batch, length = tokens.shape
+    positions = lengths[:, None] + index + jnp.arange(length)
+    ones = jnp.ones((batch, length), jnp.int32)
+    cos, sin = rope_tables(positions, config)
+    shared = Shared(cos, sin, positions, ones, positions, ones, index)
+    x = params["embed_tokens"]["embedding"][tokens].astype(compute_dtype(compute))
+    new_k, new_v = [], []
+    for i, layer in enumerate(params["layers"]):
+        slots = LayerSlots(cache.k[i], cache.v[i], fresh.k[i], fresh.v[i], rows, lengths, blocks, index)
+        x, slots = _layer(layer, x, slots, shared, config=config, compute=compute)
+        new_k.append(slots.fresh_k)
+        new_v.append(slots.fresh_v)
+    x = RMSNorm(config.rms_norm_eps).apply({"params": params["norm"]}, x)
+    return x, Fresh(tuple(new_k), tuple(new_v))
+
+
+def unembed_slots(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Turn hidden states `[..., D]` into float32 logits `[..., V]`; parameters are those of `split_layers`."""
+    return unembed(_transpose_kernels({name: params[name] for name in params if name != "layers"}), config, hidden)

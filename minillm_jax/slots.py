@@ -1,0 +1,183 @@
+"""The key-value cache of a server: one row per conversation, each of a length of its own.
+
+What has been read lies in `SlotCache`; the tokens of the present call lie in `Fresh`, a small buffer that all rows
+write at one common index, and move to each row's own place once, at the end. So a decoding loop never scatters, and
+reads the large cache only as far as its longest row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from minillm_jax.attention import MASKED
+from minillm_jax.config import ModelConfig
+
+BLOCK = 128
+"""Stored keys of one iteration of attention: few enough that a short row reads little, enough for a good product."""
+
+_Partial = tuple[jax.Array, jax.Array, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SlotCache:
+    """Keys and values of all slots, an array a layer, so that no layer's is cut out of a larger one.
+
+    Attributes:
+        k: L arrays `[slots, K, S, H]` of keys, already rotated; S is a multiple of `BLOCK`.
+        v: L arrays `[slots, K, S, H]` of values.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fresh:
+    """Keys and values of tokens that are not in their slots yet.
+
+    Attributes:
+        k: L arrays `[B, K, C, H]`.
+        v: L arrays `[B, K, C, H]`.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerSlots:
+    """What attention of one layer needs to know: the stored and the fresh, and which row reads what.
+
+    Attributes:
+        k, v: `[slots, K, S, H]`, read only.
+        fresh_k, fresh_v: `[B, K, C, H]`.
+        rows: `[B]` slot of each row.
+        lengths: `[B]` stored tokens of each row.
+        blocks: scalar, blocks of stored tokens that the longest row has.
+        index: scalar, place in the fresh buffer of the call's first token.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    fresh_k: jax.Array
+    fresh_v: jax.Array
+    rows: jax.Array
+    lengths: jax.Array
+    blocks: jax.Array
+    index: jax.Array
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerSlots]:
+        """Add T tokens to the fresh ones and let them see their row's stored tokens, the fresh before, and themselves.
+
+        Softmax is accumulated over the fresh tokens and then block by block of the stored ones (arXiv:2112.05682).
+
+        Args:
+            q: `[B, T, N, H]` queries.
+            k: `[B, K, T, H]` keys.
+            v: `[B, K, T, H]` values.
+
+        Returns:
+            `[B, T, N, H]`, and this with the tokens added.
+        """
+        batch, length, heads, size = q.shape
+        groups = k.shape[1]
+        zero = jnp.zeros((), jnp.int32)
+        start = (zero, zero, self.index, zero)
+        fresh_k = jax.lax.dynamic_update_slice(self.fresh_k, k.astype(self.fresh_k.dtype), start)
+        fresh_v = jax.lax.dynamic_update_slice(self.fresh_v, v.astype(self.fresh_v.dtype), start)
+        scaled = (q * (1.0 / math.sqrt(size))).reshape(batch, length, groups, heads // groups, size)
+        stacked = scaled.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, size)  # [B, K, G * T, H]
+        causal = jnp.arange(fresh_k.shape[2])[None, :] <= self.index + jnp.arange(length)[:, None]  # [T, C]
+        causal = jnp.tile(causal, (heads // groups, 1))[None, None]  # [1, 1, G * T, C]
+        shape = stacked.shape[:-1]
+        partial = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(stacked.shape, jnp.float32))
+        partial = _accumulate(partial, stacked, fresh_k, fresh_v, causal)
+
+        def block(i: jax.Array, partial: _Partial) -> _Partial:
+            first = i * BLOCK
+
+            def cut(row: jax.Array, stored: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_slice(stored, (row, zero, first, zero), (1, groups, BLOCK, size))[0]
+
+            keys, values = (jax.vmap(cut, (0, None))(self.rows, stored) for stored in (self.k, self.v))
+            visible = first + jnp.arange(BLOCK)[None, :] < self.lengths[:, None]  # [B, s]
+            return _accumulate(partial, stacked, keys, values, visible[:, None, None])
+
+        _, total, out = jax.lax.fori_loop(zero, self.blocks, block, partial)
+        y = (out / total[..., None]).astype(q.dtype).reshape(batch, groups, heads // groups, length, size)
+        y = y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+        return y, replace(self, fresh_k=fresh_k, fresh_v=fresh_v)
+
+
+def _accumulate(partial: _Partial, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> _Partial:
+    """One more block of keys of a softmax: top score and sum `[B, K, Q]`, weighted values `[B, K, Q, H]`."""
+    top, total, out = partial
+    scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, scores, MASKED)
+    new_top = jnp.maximum(top, scores.max(-1))
+    weights = jnp.exp(scores - new_top[..., None])
+    shrink = jnp.exp(top - new_top)
+    more = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + more
+
+
+def init_slots(config: ModelConfig, slots: int, length: int, dtype: jnp.dtype | type = jnp.float32) -> SlotCache:
+    """Make an empty cache of `slots` rows with room for `length` tokens each, rounded up to whole blocks."""
+    rounded = -(-length // BLOCK) * BLOCK
+    shape = (slots, config.num_key_value_heads, rounded, config.head_size)
+    layers = range(config.num_hidden_layers)
+    return SlotCache(tuple(jnp.zeros(shape, dtype) for _ in layers), tuple(jnp.zeros(shape, dtype) for _ in layers))
+
+
+def init_fresh(cache: SlotCache, rows: int, length: int) -> Fresh:
+    """Make an empty buffer for `length` tokens of each of `rows` rows."""
+    _, groups, _, size = cache.k[0].shape
+
+    def zeros(stored: jax.Array) -> jax.Array:
+        return jnp.zeros((rows, groups, length, size), stored.dtype)
+
+    return Fresh(tuple(map(zeros, cache.k)), tuple(map(zeros, cache.v)))
+
+
+def store(cache: SlotCache, fresh: Fresh, rows: jax.Array, lengths: jax.Array) -> SlotCache:
+    """Move fresh tokens to their slots, behind the tokens stored there.
+
+    All C of them are moved, used or not: what lies beyond a row's length is never seen, and is written over later.
+
+    Args:
+        cache: written in place where its buffers are donated.
+        fresh: of B rows.
+        rows: `[B]` slot of each row.
+        lengths: `[B]` stored tokens of each; `lengths + C` must not exceed S.
+    """
+    zero = jnp.zeros((), jnp.int32)
+
+    def move(i: jax.Array, cache: SlotCache) -> SlotCache:
+        def write(stored: jax.Array, new: jax.Array) -> jax.Array:
+            row = jax.lax.dynamic_slice_in_dim(new, i, 1)
+            return jax.lax.dynamic_update_slice(stored, row, (rows[i], zero, lengths[i], zero))
+
+        return SlotCache(
+            tuple(map(write, cache.k, fresh.k)),
+            tuple(map(write, cache.v, fresh.v)),
+        )
+
+    return jax.lax.fori_loop(0, rows.shape[0], move, cache)
+
+
+def copy_slot(cache: SlotCache, source: jax.Array, target: jax.Array) -> SlotCache:
+    """Copy all that one slot holds to another."""
+
+    def copy(stored: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(
+            stored, jax.lax.dynamic_slice_in_dim(stored, source, 1), target, axis=0
+        )
+
+    return SlotCache(tuple(map(copy, cache.k)), tuple(map(copy, cache.v)))
