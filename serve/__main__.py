@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ConfigError, parse_cli
 from minillm_jax.lm import load
+from minillm_jax.pretrained import load_adapter
 from minillm_jax.reward import is_reward_model
 from serve.api import create_app
 from serve.auth import read_keys
@@ -35,13 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse_cli(Options, "Serve a model over an API like OpenAI's, and a page to talk to it.", argv=argv)
         options.check()
         keys = read_keys(options.api_key_file, os.environ)
-        adapters = options.adapter_folders()
+        folders = options.adapter_folders()
         listener = listen(options.host, options.port)
         set_up_logs()
         setup_jax()
         lm = load(options.model_path)
         if is_reward_model(lm.params):
             raise ConfigError(f"--model_path {options.model_path}: is a reward model; it scores texts and writes none")
+        adapters = {name: load_adapter(folder, lm.config) for name, folder in folders.items()}
         engine = Engine(lm, options.engine, adapters)
         engine.start()
         return run(create_app(engine, lm.tokenizer, options, keys), options, listener)
