@@ -52,6 +52,8 @@ from rl.task import load_task
 class PpoConfig:
     """What is particular about PPO (arXiv:1707.06347)."""
 
+    num_generations: int = 1
+    """Completions per prompt; several share one reading of it, which makes updates cheaper."""
     clip_range: float = 0.2
     """The policy's probability ratio is clipped to 1 ± clip_range."""
     value_clip: float | None = 0.2
@@ -84,6 +86,7 @@ class PpoConfig:
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
         checks = {
+            "num_generations": self.num_generations >= 1,
             "clip_range": 0 < self.clip_range < 1,
             "value_clip": self.value_clip is None or self.value_clip > 0,
             "gamma": 0 <= self.gamma <= 1,
@@ -288,6 +291,7 @@ def main() -> int:
                 loss_fn=ppo_loss(config.ppo, parts, config.rollout.max_new_tokens),
                 make_frozen=policy.make_frozen(reference_policy(model_path, run.model, config.ppo.kl_coef)),
                 task=task,
+                group_size=config.ppo.num_generations,
                 controls={"kl_coef": config.ppo.kl_coef},
             )
         )
