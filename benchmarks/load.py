@@ -14,8 +14,8 @@ import re
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -87,12 +87,13 @@ class Server:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
             return str(response.read().decode())
 
-    def metrics(self) -> dict[str, float]:
-        """Return the server's metrics, those with labels summed up, by name."""
-        values: dict[str, float] = {}
+    def metrics(self, **labels: str) -> defaultdict[str, float]:
+        """Return the server's metrics by name, summed up over labels that are not given; 0 for unknown ones."""
+        values: defaultdict[str, float] = defaultdict(float)
         for family in text_string_to_metric_families(self.get("/metrics")):
             for sample in family.samples:
-                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+                if labels.items() <= sample.labels.items():
+                    values[sample.name] += sample.value
         return values
 
     def resident_bytes(self) -> int:
