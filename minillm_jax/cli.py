@@ -34,10 +34,17 @@ def _escape(text: str) -> str:
 
 
 def setup_jax() -> None:
-    """Keep compiled programs in ~/.cache/minillm_jax/jax (or JAX_COMPILATION_CACHE_DIR) and freed memory for reuse."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/minillm_jax/jax").expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    """Keep compiled programs in ~/.cache/minillm_jax/jax, and freed memory for reuse.
+
+    JAX's own variables JAX_COMPILATION_CACHE_DIR and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS come first.
+    """
+    defaults = {
+        "jax_compilation_cache_dir": str(Path("~/.cache/minillm_jax/jax").expanduser()),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    for name, value in defaults.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         _keep_freed_memory()
 
