@@ -26,7 +26,7 @@ from minillm_jax.data import builtin
 SHAPE = ("--hidden_size", "128", "--num_hidden_layers", "3", "--num_attention_heads", "4", "--rope_theta", "1e4",
          "--initializer_range", "0.08")  # fmt: skip
 # Small steps, and many of them: half of the groups say nothing, and Muon would follow the noise of the rest.
-SHARED = ("--steps", "800", "--batch_size", "32", "--num_generations", "8", "--minibatches", "4",
+SHARED = ("--steps", "500", "--batch_size", "32", "--num_generations", "8", "--minibatches", "4",
           "--optimizer", "muon", "--learning_rate", "4e-4", "--schedule", "wsd", "--decay_ratio", "0.5",
           "--min_lr_ratio", "0.05")  # fmt: skip
 SETTINGS = {

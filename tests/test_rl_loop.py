@@ -115,7 +115,8 @@ def test_every_algorithm_takes_steps_that_change_the_policy(run, folder, algorit
     rollout = ["--batch_size", "16", "--num_generations", "1"] if algorithm == "spo" else ["--num_generations", "4"]
     status, rows = run(grpo, "--steps", "3", "--algorithm", algorithm, *rollout)
     assert status == 0 and len(rows) == 3
-    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    assert all(np.isfinite(row["loss"]) and (row["grad_norm"] > 0 or row["reward_std"] == 0) for row in rows)
+    assert any(row["grad_norm"] > 0 for row in rows)
     assert ("completion_kl" in rows[0]) == (algorithm in ("rloo", "reinforce_pp", "reinforce_pp_baseline"))
     assert ("expected_reward" in rows[0]) == (algorithm == "spo")
 
