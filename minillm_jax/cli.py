@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
 from minillm_jax.errors import UserError
@@ -35,6 +34,8 @@ def _escape(text: str) -> str:
 
 def setup_jax() -> None:
     """Keep compiled programs in ~/.cache/minillm_jax/jax (or JAX_COMPILATION_CACHE_DIR) and freed memory for reuse."""
+    import jax  # here, because not every command needs it, and it takes seconds
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/minillm_jax/jax").expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
