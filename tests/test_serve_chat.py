@@ -12,6 +12,7 @@ import time
 
 import jax
 import pytest
+from engines import drawn, started
 
 from minillm_jax.chat import ChatError, render
 from minillm_jax.config import ConfigError, ModelConfig
@@ -24,6 +25,7 @@ from serve import chat_local
 from serve.chat import COMMANDS, ChatConfig, answer, converse, main, parse_line, run
 from serve.chat_local import LocalSpeaker, fit, local_speaker, thinking_switch
 from serve.conversation import Conversation, answer_turn
+from serve.engine import EngineConfig
 from serve.protocol import Finished, PromptRead, Request, Tokens
 from serve.terminal import Screen, printable
 
@@ -307,11 +309,12 @@ def test_prompt_prints_the_reply_and_a_newline_alone(start, tiny, capsys):
     assert capsys.readouterr().out == expected_reply(tiny, turn("user", "hello")) + "\n"
 
 
-def test_flags_reach_the_sampler(start, tiny, capsys):
+def test_flags_reach_the_engine(start, tiny, capsys):
     start("--prompt", "hello", "--system", "there", "--top-k", "50", "--top_p", "0.9", "--seed", "5")
-    sampling = SamplingParams(max_new_tokens=16, temperature=ChatConfig().temperature, top_k=50, top_p=0.9)
-    turns = turn("system", "there"), turn("user", "hello")
-    assert capsys.readouterr().out == expected_reply(tiny, *turns, sampling=sampling, seed=5) + "\n"
+    prompt = render(TOKENIZER, [turn("system", "there"), turn("user", "hello")], add_generation_prompt=True).token_ids
+    request = Request(prompt, max_new_tokens=16, temperature=ChatConfig().temperature, top_k=50, top_p=0.9, seed=5)
+    tokens = drawn(started(tiny, EngineConfig(slots=1, context=128, prefill_piece=64, piece_sizes=1)), request)
+    assert capsys.readouterr().out == TOKENIZER.decode(tokens, skip_special_tokens=True) + "\n"
 
 
 def test_piped_lines_are_turns_of_one_conversation(start, tiny, capsys):
