@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
 from minillm_jax.errors import UserError
@@ -38,6 +37,8 @@ def setup_jax() -> None:
 
     JAX's own variables JAX_COMPILATION_CACHE_DIR and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS come first.
     """
+    import jax  # here, because not every command needs it, and it takes seconds
+
     defaults = {
         "jax_compilation_cache_dir": str(Path("~/.cache/minillm_jax/jax").expanduser()),
         "jax_persistent_cache_min_compile_time_secs": 0.5,

@@ -406,7 +406,7 @@ def parse_cli(
     default = _default_instance(cls)
     path, preset = _peek(argv, "model_path"), _peek(argv, "preset")
     fixed: ModelConfig | None = None
-    if any(f.name == "model" for f in dataclasses.fields(default)):
+    if get_type_hints(cls).get("model") is ModelConfig:
         if preset is not None and preset not in PRESETS:
             raise ConfigError(f"--preset {preset}: unknown; choose from {', '.join(PRESETS)}")
         if path is not None and read_model is not None:

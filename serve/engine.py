@@ -52,6 +52,8 @@ class EngineConfig:
     """Decoding steps between two looks at the queue: more is faster, fewer lets new requests begin sooner."""
     prefill_piece: int = 256
     """Most tokens of prompts that are read between two chunks of decoding."""
+    piece_sizes: int = 3
+    """Sizes of what is read at once, each a quarter of the one before: fewer are compiled sooner, more pad less."""
     max_queue: int = 256
     """Requests that may wait."""
     max_queue_tokens: int = 262_144
@@ -63,7 +65,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""
-        for name in ("slots", "chunk", "prefill_piece", "max_queue", "max_queue_tokens", "min_shared_prefix"):
+        names = "slots chunk prefill_piece piece_sizes max_queue max_queue_tokens min_shared_prefix"
+        for name in names.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
@@ -221,7 +224,7 @@ class Engine:
     def _compile(self) -> Device:
         config = self._config
         largest = min(config.prefill_piece, _power_of_two(self._context))
-        pieces = sorted({max(largest // 16, 1), max(largest // 4, 1), largest})
+        pieces = sorted({max(largest >> 2 * i, 1) for i in range(config.piece_sizes)})
         batches = sorted({min(1 << i, config.slots) for i in range(config.slots.bit_length() + 1)})
         params = self._lm.params
         if config.weights == "int8":

@@ -39,9 +39,7 @@ def check_request(request: Request, engine: EngineLike) -> None:
     if ids.size > room:
         why = " and leave no room for an answer" if ids.size <= engine.context else ""
         raise ValueError(f"the prompt's {ids.size} tokens exceed the context of {engine.context}{why}; shorten it")
-    for name, (holds, rule) in _RANGES.items():
-        if not holds(value := getattr(request, name)):
-            raise ValueError(f"{name} must {rule}; it is {value!r}")
+    check_settings(request)
     if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
         raise ValueError(f"logprobs must lie in [0, {MAX_LOGPROBS}]; it is {request.logprobs!r}")
     if len(request.logit_bias) > MAX_BIASES:
@@ -53,6 +51,17 @@ def check_request(request: Request, engine: EngineLike) -> None:
     if request.adapter is not None and request.adapter not in engine.adapters:
         known = ", ".join(engine.adapters) or "none"
         raise ValueError(f"adapter {request.adapter!r} is unknown; there are: {known}")
+
+
+def check_settings(request: Request) -> None:
+    """Refuse settings of sampling outside their ranges, whatever model they are for.
+
+    Raises:
+        ValueError: the message begins with the field's name.
+    """
+    for name, (holds, rule) in _RANGES.items():
+        if not holds(value := getattr(request, name)):
+            raise ValueError(f"{name} must {rule}; it is {value!r}")
 
 
 def seed_words(seed: int) -> tuple[int, int]:

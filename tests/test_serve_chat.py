@@ -1,34 +1,33 @@
-"""The terminal chat: commands, history, one-shot, pipes, interruption, overflow; with a tiny or a scripted model."""
+"""The terminal chat: commands, history, one-shot, pipes, interruption, overflow; with a tiny or a scripted model.
+
+Scripted models stand in the engine's place, so that rendering, decoding and cancelling are the real ones.
+"""
 
 import dataclasses
 import io
+import signal
 import sys
+import threading
+import time
 
 import jax
 import pytest
+from engines import drawn, started
 
 from minillm_jax.chat import ChatError, render
 from minillm_jax.config import ConfigError, ModelConfig
-from minillm_jax.lm import Completion, LanguageModel, generate
+from minillm_jax.lm import LanguageModel, generate
 from minillm_jax.model import init_params
 from minillm_jax.sampling import SamplingParams
 from minillm_jax.tokenizer import Tokenizer, train_tokenizer
 from serve import chat as serve_chat
-from serve.chat import (
-    COMMANDS,
-    Chat,
-    ChatConfig,
-    Conversation,
-    Screen,
-    answer_turn,
-    converse,
-    fit,
-    main,
-    parse_line,
-    printable,
-    run,
-    thinking_switch,
-)
+from serve import chat_local
+from serve.chat import COMMANDS, ChatConfig, answer, converse, main, parse_line, run
+from serve.chat_local import LocalSpeaker, fit, local_speaker, thinking_switch
+from serve.conversation import Conversation, answer_turn
+from serve.engine import EngineConfig
+from serve.protocol import Finished, PromptRead, Request, Tokens
+from serve.terminal import Screen, printable
 
 TOKENIZER = train_tokenizer(["You are a helpful assistant. user assistant system hello there"], vocab_size=300)
 CONFIG = ModelConfig(
@@ -56,26 +55,45 @@ class Recorder:
 
 
 class Parrot:
-    """A speaker that says one scripted text after another, in pieces, and remembers its prompts."""
+    """An engine that draws one scripted text after another, in two chunks, and remembers what it was asked.
 
-    def __init__(self, *texts, finish_reason="stop"):
-        self.texts, self.finish_reason = list(texts), finish_reason
-        self.prompts, self.seeds = [], []
+    In a text, `^C` is where Ctrl-C is pressed.
+    """
 
-    def __call__(self, lm, ids, sampling, *, seed):
-        self.prompts.append(lm.tokenizer.decode(ids))
-        self.seeds.append(seed)
-        text = self.texts.pop(0)
-        for piece in (text[:2], text[2:]):
-            if "^C" in piece:
-                raise KeyboardInterrupt
-            yield piece
-        return Completion(text, lm.tokenizer.encode(text), [], self.finish_reason)
+    vocab_size, adapters, ready = TOKENIZER.vocab_size, (), True
+
+    def __init__(self, *texts, finish_reason="stop", context=128):
+        self.texts, self.finish_reason, self.context = list(texts), finish_reason, context
+        self.prompts, self.seeds, self.cancelled = [], [], []
+
+    def submit(self, request, sink):
+        self.prompts.append(TOKENIZER.decode(request.token_ids))
+        self.seeds.append(request.seed)
+        text, interrupted, _ = self.texts.pop(0).partition("^C")
+        tokens = TOKENIZER.encode(text)
+        sink(PromptRead())
+        if tokens:
+            sink(Tokens(tuple(tokens[:1])))
+        if not interrupted:
+            sink(Tokens((*tokens[1:], TOKENIZER.eos_token_id)))
+            sink(Finished(self.finish_reason, "out of memory" if self.finish_reason == "error" else ""))
+        elif tokens[1:]:
+            sink(Tokens(tuple(tokens[1:])))
+        if interrupted:
+            threading.Timer(0.1, press_ctrl_c).start()
+        return len(self.prompts)
+
+    def cancel(self, number):
+        self.cancelled.append(number)
 
 
-def chat_with(speaker, **changes):
-    lm = LanguageModel(dataclasses.replace(CONFIG, **changes), {}, TOKENIZER)
-    return Chat(lm, SAMPLING, None, speaker)
+def press_ctrl_c():
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # as the kernel does: it wakes who waits
+
+
+def chat_with(engine, thinking=None):
+    settings = Request((), max_new_tokens=16, temperature=0.0)
+    return LocalSpeaker(engine, TOKENIZER, settings, thinking, "out/model", lambda text: None)
 
 
 def contents(conversation):
@@ -153,6 +171,7 @@ def test_interrupting_keeps_what_was_said_and_goes_on():
     assert contents(conversation) == [("a", "on"), ("b", "two")]
     assert seen.notices == ["(stopped)"]
     assert "".join(seen.replies) == "on\ntwo\n"
+    assert parrot.cancelled == [1]
 
 
 def test_interrupting_before_the_first_word_drops_the_question():
@@ -164,6 +183,31 @@ def test_a_reply_at_the_token_limit_says_so():
     seen = Recorder()
     converse(chat_with(Parrot("one", finish_reason="length")), Conversation(), ["a"], seen.screen)
     assert "--max_new_tokens" in seen.notices[0]
+
+
+def test_a_failing_engine_is_told_and_its_question_forgotten():
+    seen = Recorder()
+    parrot = Parrot("one", finish_reason="error")
+    assert converse(chat_with(parrot), Conversation(), ["a"], seen.screen) == Conversation()
+    assert seen.notices == ["error: out of memory"] and "".join(seen.replies) == "one\n"
+
+
+def test_who_waits_for_the_compiler_is_told(monkeypatch):
+    class Compiling(Parrot):
+        ready = False
+
+        def submit(self, request, sink):
+            threading.Timer(0.3, super().submit, (request, sink)).start()
+            return 1
+
+    monkeypatch.setattr(chat_local, "PATIENCE", 0.05)
+    for engine, excuses in ((Compiling("one"), 1), (Parrot("one"), 0)):
+        seen = Recorder()
+        speaker = dataclasses.replace(chat_with(engine), notice=seen.screen.notice)
+        converse(speaker, Conversation(), ["a"], seen.screen)
+        time.sleep(0.1)
+        assert "".join(seen.replies) == "one\n"
+        assert len(seen.notices) == excuses and all("compiling" in notice for notice in seen.notices)
 
 
 def said_before(*questions):
@@ -202,25 +246,24 @@ def test_overflow_is_said_and_the_chat_goes_on():
 
 
 @pytest.mark.parametrize(
-    ("reply", "opened", "expected"),
+    ("reply", "expected"),
     [
-        ("yes", False, {"content": "yes"}),
-        ("<think>\nhm\n</think>\n\nyes", False, {"reasoning_content": "hm", "content": "yes"}),
-        ("hm\n</think>\n\nyes", True, {"reasoning_content": "hm", "content": "yes"}),
-        ("hm, well", True, {"reasoning_content": "hm, well", "content": ""}),
-        ("a </think> b", False, {"content": "a </think> b"}),
+        ("yes", {"content": "yes"}),
+        ("<think>\nhm\n</think>\n\nyes", {"reasoning_content": "hm", "content": "yes"}),
+        ("<think>\nhm, well", {"reasoning_content": "hm, well", "content": ""}),
+        ("a </think> b", {"content": "a </think> b"}),
     ],
 )
-def test_thoughts_are_kept_apart_in_the_history(reply, opened, expected):
-    assert answer_turn(reply, opened) == {"role": "assistant", **expected}
+def test_thoughts_are_kept_apart_in_the_history(reply, expected):
+    assert answer_turn(reply) == {"role": "assistant", **expected}
 
 
 def test_thinking_on_opens_the_prompt_with_a_thought_and_the_next_prompt_repeats_it():
-    parrot = Parrot("hm\n</think>\n\none", "two\n</think>\n\n2")
-    chat = dataclasses.replace(chat_with(parrot), thinking=thinking_switch(TOKENIZER, "on"))
-    converse(chat, Conversation(), ["a", "b"], Recorder().screen)
+    parrot, seen = Parrot("hm\n</think>\n\none", "two\n</think>\n\n2"), Recorder()
+    converse(chat_with(parrot, thinking_switch(TOKENIZER, "on")), Conversation(), ["a", "b"], seen.screen)
     assert parrot.prompts[0].endswith("<|im_start|>assistant\n<think>\n")
     assert parrot.prompts[1].startswith(parrot.prompts[0] + "hm\n</think>\n\none<|im_end|>\n")
+    assert "".join(seen.replies).startswith("<think>\nhm\n</think>\n\none\n")
 
 
 def test_a_thinking_switch_that_the_template_lacks_is_refused():
@@ -248,7 +291,7 @@ def start(tiny, monkeypatch):
     """Run the program on some standard input."""
 
     def program(*flags, stdin=""):
-        monkeypatch.setattr(serve_chat, "load", lambda path: tiny)
+        monkeypatch.setattr(chat_local, "load", lambda path: tiny)
         monkeypatch.setattr(serve_chat, "setup_jax", lambda: None)
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         return main(["--model_path", "out", "--max_new_tokens", "16", *flags])
@@ -266,11 +309,12 @@ def test_prompt_prints_the_reply_and_a_newline_alone(start, tiny, capsys):
     assert capsys.readouterr().out == expected_reply(tiny, turn("user", "hello")) + "\n"
 
 
-def test_flags_reach_the_sampler(start, tiny, capsys):
+def test_flags_reach_the_engine(start, tiny, capsys):
     start("--prompt", "hello", "--system", "there", "--top-k", "50", "--top_p", "0.9", "--seed", "5")
-    sampling = SamplingParams(max_new_tokens=16, temperature=ChatConfig("").temperature, top_k=50, top_p=0.9)
-    turns = turn("system", "there"), turn("user", "hello")
-    assert capsys.readouterr().out == expected_reply(tiny, *turns, sampling=sampling, seed=5) + "\n"
+    prompt = render(TOKENIZER, [turn("system", "there"), turn("user", "hello")], add_generation_prompt=True).token_ids
+    request = Request(prompt, max_new_tokens=16, temperature=ChatConfig().temperature, top_k=50, top_p=0.9, seed=5)
+    tokens = drawn(started(tiny, EngineConfig(slots=1, context=128, prefill_piece=64, piece_sizes=1)), request)
+    assert capsys.readouterr().out == TOKENIZER.decode(tokens, skip_special_tokens=True) + "\n"
 
 
 def test_piped_lines_are_turns_of_one_conversation(start, tiny, capsys):
@@ -279,7 +323,39 @@ def test_piped_lines_are_turns_of_one_conversation(start, tiny, capsys):
     assert capsys.readouterr().out == "".join(reply + "\n" for reply in replies)
 
 
-@pytest.mark.parametrize("flags", [("--temperature", "-1"), ("--top_p", "0")])
+def test_a_turn_reads_only_what_the_last_one_left_unread(tiny, monkeypatch):
+    monkeypatch.setattr(chat_local, "load", lambda path: tiny)
+    settings = Request((), max_new_tokens=4, temperature=0.0)
+    with local_speaker("out", settings, "auto", None, lambda text: None) as speaker:
+        conversation, _ = answer(speaker, Conversation(), "hello there", 0, Recorder().screen)
+        first = speaker.engine.stats()
+        answer(speaker, conversation, "there", 0, Recorder().screen)
+        assert first.cached_tokens == 0
+        assert speaker.engine.stats().cached_tokens >= first.prompt_tokens - 1
+    assert not speaker.engine.ready
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "either --model_path"),
+        (["--model_path", "out", "--url", "http://127.0.0.1:1"], "either --model_path"),
+        (["--model_path", "out", "--model", "base"], "--model: goes with --url"),
+        (["--url", "http://127.0.0.1:1", "--context", "64"], "--context: goes with --model_path"),
+        (["--model_path", "out", "--context", "1"], "--context 1: must be at least 2"),
+        (["--url", "127.0.0.1:6006"], "--url 127.0.0.1:6006: must look like http://"),
+        (["--url", "http://127.0.0.1:99999"], "--url http://127.0.0.1:99999: Port out of range"),
+    ],
+)
+def test_flags_that_name_nobody_to_talk_to_are_one_line_and_status_2(flags, says, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(flags)
+    assert exit.value.code == 2
+    errors = capsys.readouterr().err
+    assert says in errors and len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", [("--temperature", "-1"), ("--top_p", "0"), ("--max_new_tokens", "0")])
 def test_settings_out_of_range_are_one_line_and_status_2(start, capsys, flags):
     with pytest.raises(SystemExit) as exit:
         start(*flags)
@@ -287,9 +363,9 @@ def test_settings_out_of_range_are_one_line_and_status_2(start, capsys, flags):
     assert capsys.readouterr().err.startswith(f"error: {flags[0]} must ")
 
 
-def test_an_interrupted_prompt_prints_what_was_said_and_exits_like_an_interrupted_program(tmp_path):
+def test_an_interrupted_prompt_prints_what_was_said_and_exits_like_an_interrupted_program():
     seen = Recorder()
-    assert run(chat_with(Parrot("on^C")), ChatConfig(str(tmp_path), prompt="a"), seen.screen) == 130
+    assert run(chat_with(Parrot("on^C")), ChatConfig(prompt="a"), seen.screen) == 130
     assert "".join(seen.replies) == "on\n"
 
 
@@ -304,6 +380,6 @@ def test_ctrl_c_at_the_prompt_leaves(monkeypatch):
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
     seen = Recorder()
-    assert run(chat_with(Parrot("one")), ChatConfig("out/model"), seen.screen) == 0
+    assert run(chat_with(Parrot("one")), ChatConfig(), seen.screen) == 0
     assert "".join(seen.replies) == "one\n"
     assert "out/model" in seen.notices[0] and "/help" in seen.notices[0]
