@@ -152,7 +152,7 @@ class LocalSpeaker:
 
     def _excuse(self) -> None:
         if not self.engine.ready:
-            self.notice("(compiling; the next start finds it done)")
+            self.notice("(compiling …; the first start takes longest)")
 
 
 @contextmanager

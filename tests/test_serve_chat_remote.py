@@ -153,7 +153,8 @@ def test_a_key_is_sent_from_a_file_or_the_environment(scripted, tmp_path, monkey
     scripted.replies = [spoken("one"), spoken("two")]
     assert main(["--url", scripted.url, "--prompt", "a", "--api_key_file", str(file)]) == 0
     monkeypatch.setenv("MINILLM_API_KEY", "secret")
-    assert main(["--url", scripted.url, "--prompt", "a"]) == 0
+    assert main(["--url", scripted.url, "--prompt", "a", "--model", "poet"]) == 0
+    assert [request["model"] for request in scripted.requests] == ["base", "poet"]
     assert capsys.readouterr().out == "one\ntwo\n"
 
 

@@ -198,7 +198,7 @@ def test_throughput_follows_the_speed_of_late():
     assert speed.rate == pytest.approx(10, rel=0.05)
 
 
-@pytest.mark.parametrize("field", ["slots", "chunk", "prefill_piece", "max_queue"])
+@pytest.mark.parametrize("field", ["slots", "chunk", "prefill_piece", "piece_sizes", "max_queue"])
 def test_sizes_that_cannot_work_are_refused(field):
     with pytest.raises(ValueError, match=f"{field} must be at least 1, not 0"):
         EngineConfig(**{field: 0})
