@@ -119,12 +119,12 @@ def test_conversation_is_sent_whole_with_reasoning_where_it_stood(page, scripted
 
 @on_browser
 def test_counts_and_speed_stand_under_the_reply(page, scripted):
-    scripted.replies = [spoken(*["word "] * 21, delay=0.01)]
+    scripted.replies = [spoken(*["word "] * 21, delay=0.04)]
     said(page)
     line = page.locator("article .stats").last.inner_text()
     rate = float(re.search(r"([\d.]+) tokens/s", line)[1])
     assert line.startswith("21 tokens · ") and line.endswith("prompt 12 (4 cached)")
-    assert 10 < rate <= 100  # 20 tokens came after the first one, each at least 10 ms after the last
+    assert 4 < rate < 30  # 20 tokens in at least 0.8 s, less what the browser was late to see the first one
 
 
 @on_browser
