@@ -6,8 +6,8 @@ decoding product itself. The layers are those of `model.py`; one is traced, and 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +22,12 @@ from minillm_jax.slots import Fresh, LayerSlots, SlotCache
 def split_layers(params: Params, config: ModelConfig) -> Params:
     """Lay parameters out for `forward_slots`.
 
-    The stack of layers `[L, …]` becomes a tuple of L trees, and matrices `[in, out]` lie transposed, as products of a
-    few rows read them fastest on CPU.
+    The stack of layers `[L, …]` becomes a tuple of L trees. Tied embeddings are copied to a head `[D, V]` of their own:
+    products of a few rows read a transposed matrix slowly.
     """
     layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.num_hidden_layers))
-    return _transpose_kernels(params | {"layers": layers})
-
-
-def _transpose_kernels(params: Params) -> Params:
-    """Transpose the matrices of `Linear` modules and of the head."""
-
-    def turn(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf.T if getattr(path[-1], "key", None) == "kernel" and leaf.ndim == 2 else leaf
-
-    return jax.tree_util.tree_map_with_path(turn, params)
+    tied = {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}} if config.tie_word_embeddings else {}
+    return params | tied | {"layers": layers}
 
 
 def choose(params: Params, adapters: jax.Array) -> Params:
@@ -48,7 +40,7 @@ def _layer(
     params: Params, x: jax.Array, slots: LayerSlots, shared: Shared, *, config: ModelConfig, compute: ComputeConfig
 ) -> tuple[jax.Array, LayerSlots]:
     block = Block(config, compute, deterministic=True)
-    (x, slots), _ = block.apply({"params": _transpose_kernels(params)}, (x, slots), jnp.zeros((), jnp.int32), shared)
+    (x, slots), _ = block.apply({"params": params}, (x, slots), jnp.zeros((), jnp.int32), shared)
     return x, slots
 
 
@@ -100,4 +92,4 @@ def forward_slots(
 
 def unembed_slots(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Turn hidden states `[..., D]` into float32 logits `[..., V]`; parameters are those of `split_layers`."""
-    return unembed(_transpose_kernels({name: params[name] for name in params if name != "layers"}), config, hidden)
+    return unembed(params, dataclasses.replace(config, tie_word_embeddings=False), hidden)

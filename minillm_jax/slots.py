@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ class SlotCache:
     """Keys and values of all slots, an array a layer, so that no layer's is cut out of a larger one.
 
     Attributes:
-        k: L arrays `[slots, K, S, H]` of keys, already rotated; S is a multiple of `BLOCK`.
+        k: L arrays `[slots, K, H, S]` of keys, already rotated, each token's a column: the product with a query then
+            reads them in the order in which they lie. S is a multiple of `BLOCK`.
         v: L arrays `[slots, K, S, H]` of values.
     """
 
@@ -42,7 +44,7 @@ class Fresh:
     """Keys and values of tokens that are not in their slots yet.
 
     Attributes:
-        k: L arrays `[B, K, C, H]`.
+        k: L arrays `[B, K, H, C]`.
         v: L arrays `[B, K, C, H]`.
     """
 
@@ -56,8 +58,10 @@ class LayerSlots:
     """What attention of one layer needs to know: the stored and the fresh, and which row reads what.
 
     Attributes:
-        k, v: `[slots, K, S, H]`, read only.
-        fresh_k, fresh_v: `[B, K, C, H]`.
+        k: `[slots, K, H, S]`, read only; likewise v, `[slots, K, S, H]`.
+        v: see k.
+        fresh_k: `[B, K, H, C]`.
+        fresh_v: `[B, K, C, H]`.
         rows: `[B]` slot of each row.
         lengths: `[B]` stored tokens of each row.
         blocks: scalar, blocks of stored tokens that the longest row has.
@@ -89,12 +93,12 @@ class LayerSlots:
         batch, length, heads, size = q.shape
         groups = k.shape[1]
         zero = jnp.zeros((), jnp.int32)
-        start = (zero, zero, self.index, zero)
-        fresh_k = jax.lax.dynamic_update_slice(self.fresh_k, k.astype(self.fresh_k.dtype), start)
-        fresh_v = jax.lax.dynamic_update_slice(self.fresh_v, v.astype(self.fresh_v.dtype), start)
+        columns, dtype = k.swapaxes(2, 3), self.fresh_k.dtype
+        fresh_k = jax.lax.dynamic_update_slice(self.fresh_k, columns.astype(dtype), (zero, zero, zero, self.index))
+        fresh_v = jax.lax.dynamic_update_slice(self.fresh_v, v.astype(dtype), (zero, zero, self.index, zero))
         scaled = (q * (1.0 / math.sqrt(size))).reshape(batch, length, groups, heads // groups, size)
         stacked = scaled.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, size)  # [B, K, G * T, H]
-        causal = jnp.arange(fresh_k.shape[2])[None, :] <= self.index + jnp.arange(length)[:, None]  # [T, C]
+        causal = jnp.arange(fresh_k.shape[3])[None, :] <= self.index + jnp.arange(length)[:, None]  # [T, C]
         causal = jnp.tile(causal, (heads // groups, 1))[None, None]  # [1, 1, G * T, C]
         shape = stacked.shape[:-1]
         partial = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(stacked.shape, jnp.float32))
@@ -103,10 +107,12 @@ class LayerSlots:
         def block(i: jax.Array, partial: _Partial) -> _Partial:
             first = i * BLOCK
 
-            def cut(row: jax.Array, stored: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_slice(stored, (row, zero, first, zero), (1, groups, BLOCK, size))[0]
+            def cut(row: jax.Array) -> tuple[jax.Array, jax.Array]:
+                keys = jax.lax.dynamic_slice(self.k, (row, zero, zero, first), (1, groups, size, BLOCK))
+                values = jax.lax.dynamic_slice(self.v, (row, zero, first, zero), (1, groups, BLOCK, size))
+                return keys[0], values[0]
 
-            keys, values = (jax.vmap(cut, (0, None))(self.rows, stored) for stored in (self.k, self.v))
+            keys, values = jax.vmap(cut)(self.rows)
             visible = first + jnp.arange(BLOCK)[None, :] < self.lengths[:, None]  # [B, s]
             return _accumulate(partial, stacked, keys, values, visible[:, None, None])
 
@@ -117,9 +123,9 @@ class LayerSlots:
 
 
 def _accumulate(partial: _Partial, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> _Partial:
-    """One more block of keys of a softmax: top score and sum `[B, K, Q]`, weighted values `[B, K, Q, H]`."""
+    """One more block of keys `[B, K, H, s]`: top score and sum `[B, K, Q]`, weighted values `[B, K, Q, H]`."""
     top, total, out = partial
-    scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkqh,bkhs->bkqs", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(visible, scores, MASKED)
     new_top = jnp.maximum(top, scores.max(-1))
     weights = jnp.exp(scores - new_top[..., None])
@@ -130,20 +136,23 @@ def _accumulate(partial: _Partial, q: jax.Array, k: jax.Array, v: jax.Array, vis
 
 def init_slots(config: ModelConfig, slots: int, length: int, dtype: jnp.dtype | type = jnp.float32) -> SlotCache:
     """Make an empty cache of `slots` rows with room for `length` tokens each, rounded up to whole blocks."""
-    rounded = -(-length // BLOCK) * BLOCK
-    shape = (slots, config.num_key_value_heads, rounded, config.head_size)
-    layers = range(config.num_hidden_layers)
-    return SlotCache(tuple(jnp.zeros(shape, dtype) for _ in layers), tuple(jnp.zeros(shape, dtype) for _ in layers))
+    groups, size = config.num_key_value_heads, config.head_size
+    return SlotCache(*_zeros(config.num_hidden_layers, slots, groups, -(-length // BLOCK) * BLOCK, size, dtype))
 
 
 def init_fresh(cache: SlotCache, rows: int, length: int) -> Fresh:
     """Make an empty buffer for `length` tokens of each of `rows` rows."""
-    _, groups, _, size = cache.k[0].shape
+    _, groups, _, size = cache.v[0].shape
+    return Fresh(*_zeros(len(cache.v), rows, groups, length, size, cache.v[0].dtype))
 
-    def zeros(stored: jax.Array) -> jax.Array:
-        return jnp.zeros((rows, groups, length, size), stored.dtype)
 
-    return Fresh(tuple(map(zeros, cache.k)), tuple(map(zeros, cache.v)))
+def _zeros(layers: int, rows: int, groups: int, length: int, size: int, dtype: Any) -> tuple[Any, Any]:
+    """Keys `[rows, K, H, length]` and values `[rows, K, length, H]` of all layers."""
+
+    def arrays(*shape: int) -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+
+    return arrays(rows, groups, size, length), arrays(rows, groups, length, size)
 
 
 def store(cache: SlotCache, fresh: Fresh, rows: jax.Array, lengths: jax.Array) -> SlotCache:
@@ -160,13 +169,12 @@ def store(cache: SlotCache, fresh: Fresh, rows: jax.Array, lengths: jax.Array) -
     zero = jnp.zeros((), jnp.int32)
 
     def move(i: jax.Array, cache: SlotCache) -> SlotCache:
-        def write(stored: jax.Array, new: jax.Array) -> jax.Array:
-            row = jax.lax.dynamic_slice_in_dim(new, i, 1)
-            return jax.lax.dynamic_update_slice(stored, row, (rows[i], zero, lengths[i], zero))
+        def write(stored: jax.Array, new: jax.Array, *place: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(stored, jax.lax.dynamic_slice_in_dim(new, i, 1), (rows[i], *place))
 
         return SlotCache(
-            tuple(map(write, cache.k, fresh.k)),
-            tuple(map(write, cache.v, fresh.v)),
+            tuple(write(k, new, zero, zero, lengths[i]) for k, new in zip(cache.k, fresh.k, strict=True)),
+            tuple(write(v, new, zero, lengths[i], zero) for v, new in zip(cache.v, fresh.v, strict=True)),
         )
 
     return jax.lax.fori_loop(0, rows.shape[0], move, cache)

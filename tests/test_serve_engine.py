@@ -10,6 +10,7 @@ from minillm_jax.config import RopeScaling
 from minillm_jax.lm import generate
 from minillm_jax.model import forward_hidden
 from minillm_jax.sampling import SamplingParams
+from serve.engine import piece_size
 from serve.protocol import Finished, Request
 
 
@@ -147,3 +148,24 @@ def test_nothing_is_compiled_while_serving(engine):
     engine.embed(PROMPTS[:2])
     assert engine.stats().compilations == 0
     assert engine.stats().generated_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        (1, [32]),
+        (32, [32]),
+        (70, [64, 32]),
+        (100, [128]),
+        (130, [128, 32]),
+        (192, [128, 64]),
+        (224, [256]),
+        (600, [256, 256, 64, 32]),
+    ],
+)
+def test_prompts_are_read_in_few_pieces_with_little_padding(prompt, pieces):
+    sizes, remaining = [], prompt
+    while remaining > 0:
+        sizes.append(piece_size(remaining, (32, 64, 128, 256)))
+        remaining -= sizes[-1]
+    assert sizes == pieces
