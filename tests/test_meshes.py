@@ -113,32 +113,35 @@ def assert_same_programs(found):
 
 
 def test_a_mesh_of_all_kinds_trains_and_generates_as_one_device_and_holds_a_part(tmp_path):
-    found = programs(tmp_path, ["two_kv_heads"], "data=2,fsdp=2,tensor=2")
+    found = programs(tmp_path, ["dense"], "data=2,fsdp=2,tensor=2")
     assert_same_programs(found)
-    shares = found["two_kv_heads"]["data=2,fsdp=2,tensor=2"]["shares"]
+    shares = found["dense"]["data=2,fsdp=2,tensor=2"]["shares"]
     assert len(shares) >= 3 * 8 and max(shares.values()) == 0.25  # parameters and both moments
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_mesh_trains_and_generates_as_one_device(tmp_path):
-    assert_same_programs(programs(tmp_path, ["dense", "moe"], *MESHES))
+@pytest.mark.parametrize(("model", "mesh"), [("moe", "data=2,expert=4"), ("two_kv_heads", "data=2,tensor=4")])
+def test_experts_and_shared_key_value_heads_train_and_generate_as_on_one_device(tmp_path, model, mesh):
+    assert_same_programs(programs(tmp_path, [model], mesh))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_fully_sharded_steps_hold_an_eighth_and_gather_layer_by_layer(tmp_path):
-    found = programs(tmp_path, ["dense"], "fsdp=8")["dense"]
-    alone, sharded = found["None"], found["fsdp=8"]
+    found = programs(tmp_path, ["dense"], "fsdp=8")
+    assert_same_programs(found)
+    alone, sharded = found["dense"]["None"], found["dense"]["fsdp=8"]
     assert set(sharded["shares"].values()) == {0.125}  # no device ever held a whole matrix: they were made in place
     # Norm scales, counters and the batch remain; of such a small model they are a few percent.
     assert alone["state_bytes"] / 8 < sharded["state_bytes"] < 1.1 * alone["state_bytes"] / 8
     for name in ("argument_bytes", "output_bytes"):
         assert sharded[name] < 1.1 * alone[name] / 8 + 2048
+    # A layer's matrices are gathered when it runs, and are two-dimensional then; stacks of layers have three axes.
     gathered = [shape for shape in sharded["gathers"] if shape.startswith("f32[")]
-    sizes = [[int(n) for n in shape[4:-1].split(",") if n] for shape in gathered]
-    layers, matrix = 2, 32 * 48
-    assert sizes and not [size for size in sizes if np.prod(size) >= layers * matrix and size[0] == layers]
+    assert {"f32[32,48]", "f32[48,32]", "f32[32,32]"} <= set(gathered)
+    stacks = ["f32[2,32,", "f32[2,48,32]"]
+    assert not [shape for shape in gathered if shape.startswith(tuple(stacks))]
 
 
 # --- Whole stages -----------------------------------------------------------------------------------------------------
@@ -176,7 +179,8 @@ def rollouts(out_dir):
 def assert_same_run(ours, theirs, steps=STEPS):
     found, expected = measured(ours), measured(theirs)
     assert list(found) == list(expected) and max(found) == steps
-    np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-5, err_msg=str(ours))
+    # The loss of reinforcement is a difference of terms of order one: below 1e-2 its own rounding is all that is left.
+    np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-5, atol=1e-7, err_msg=str(ours))
     assert rollouts(ours) == rollouts(theirs)
 
 
