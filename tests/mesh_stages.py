@@ -1,6 +1,7 @@
 """Every stage in one process, on one mesh: what `test_meshes.py` starts in subprocesses with simulated devices.
 
     python tests/mesh_stages.py prepare FOLDER
+    python tests/mesh_stages.py evaluate FOLDER NAME MESH
     python tests/mesh_stages.py run FOLDER NAME MESH RUN[,RUN ...] [flags of all stages]
 
 `prepare` writes data, a tokenizer and models into FOLDER; `run` runs stages into FOLDER/NAME/RUN. A run is the name of
@@ -53,7 +54,8 @@ RUNS = {
         "train.distill_reason", "traces",
         [*ROWS, "--model_path", "{}/model", "--report_rows", "4", "--report_max_new_tokens", "8"],
     ),
-    "train_rm": ("rl.train_rm", "pairs", [*ROWS, "--model_path", "{}/model"]),
+    # A reward model's gradients grow with its steps, and rounding with them: smaller steps keep both apart.
+    "train_rm": ("rl.train_rm", "pairs", [*ROWS, "--model_path", "{}/model", "--learning_rate", "1e-3"]),
     "ppo": (
         "rl.ppo", "prompts",
         [*PROMPTS, "--model_path", "{}/model", "--reward", "model", "--reward_model_path", "{}/reward"],
@@ -87,6 +89,7 @@ def write_data(folder):
         question = words(1, 3)
         pairs.append({"chosen": chat(question, f"yes {words(1, 6)}"), "rejected": chat(question, f"no {words(1, 6)}")})
     write(folder / "pairs.jsonl", pairs)
+    write(folder / "questions.jsonl", [{"prompt": words(1, 4), "answer": rng.choice(WORDS)} for _ in range(10)])
     write(folder / "prompts.jsonl", [{"prompt": f"{a} {b}"} for a in WORDS for b in WORDS[:4]])
     thoughts = []
     for _ in range(60):
@@ -147,6 +150,24 @@ def run_stage(folder, out_dir, mesh, run, *flags):
         return stop.code
 
 
+EVALUATIONS = {
+    "lm": ("text", "model"),
+    "pairs": ("pairs", "moe/reward"),
+    "exact": ("questions", "model"),
+}
+"""Rows and model by task."""
+
+
+def evaluate(folder, name, mesh):
+    """Evaluate every task on a mesh, and keep what was measured in FOLDER/NAME/TASK.json."""
+    from train.evaluate import main
+
+    for task, (data, model) in EVALUATIONS.items():
+        paths = ["--data_path", folder / f"{data}.jsonl", "--model_path", folder / model]
+        out_file = ["--out_file", folder / name / f"{task}.json"]
+        main([str(word) for word in [*paths, *out_file, "--task", task, "--mesh", mesh]])
+
+
 def main():
     command, folder, *rest = sys.argv[1:]
     folder = Path(folder)
@@ -154,6 +175,9 @@ def main():
     sys.path.insert(0, str(folder))  # where the reward function is
     if command == "prepare":
         prepare(folder)
+        return 0
+    if command == "evaluate":
+        evaluate(folder, *rest)
         return 0
     name, mesh, runs, *flags = rest
     status = {run: run_stage(folder, folder / name / run, mesh, run, *flags) for run in runs.split(",")}

@@ -193,6 +193,19 @@ def test_every_stage_measures_on_a_mesh_what_one_device_does(folder, number):
         assert_same_run(folder / f"mesh{number}" / run, folder / "alone" / run)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_evaluation_finds_on_a_mesh_what_one_device_does(folder):
+    simulated("mesh_stages.py", "evaluate", folder, "alone", "data=1", devices=1)
+    simulated("mesh_stages.py", "evaluate", folder, "mesh", "data=2,fsdp=2,tensor=2", devices=8)
+    for task in ("lm", "pairs", "exact"):
+        ours, theirs = (json.loads((folder / name / f"{task}.json").read_text()) for name in ("mesh", "alone"))
+        assert theirs["rows"] >= 10 and list(ours) == list(theirs)
+        for metric in set(theirs) - {"seconds", "tokens_per_second"}:
+            expected = theirs[metric]
+            assert ours[metric] == (pytest.approx(expected, rel=1e-5) if isinstance(expected, float) else expected)
+
+
 CONSTANT = ["--schedule", "constant", "--warmup_ratio", "0"]  # a run's end then decides nothing
 BEGUN = ("pretrain", "sft_lora", "grpo")
 
