@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from minillm_jax.config import ModelConfig
+from minillm_jax.sharding import constrain
 
 BRANCH = 1 << 16
 """Segment ids are smaller than this; branch n of segment s has the id s + n * BRANCH, see `attention`."""
@@ -38,14 +39,22 @@ class KVCache:
 
 
 def init_cache(config: ModelConfig, batch_size: int, max_length: int, dtype: jnp.dtype | type = jnp.float32) -> KVCache:
-    """Make an empty cache of `max_length` slots for `batch_size` rows."""
+    """Make an empty cache of `max_length` slots for `batch_size` rows; on a mesh, split like the rows and heads."""
     shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_size)
+    slots = jnp.zeros((batch_size, max_length), jnp.int32)
+    return place_cache(
+        KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots, slots, jnp.zeros((), jnp.int32))
+    )
+
+
+def place_cache(cache: KVCache) -> KVCache:
+    """Pin a cache's layout on a mesh, see `sharding.constrain`."""
     return KVCache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
-        positions=jnp.zeros((batch_size, max_length), jnp.int32),
-        segment_ids=jnp.zeros((batch_size, max_length), jnp.int32),
-        index=jnp.zeros((), jnp.int32),
+        k=constrain(cache.k, "layers", "batch", "kv_heads", None, None),
+        v=constrain(cache.v, "layers", "batch", "kv_heads", None, None),
+        positions=constrain(cache.positions, "batch", None),
+        segment_ids=constrain(cache.segment_ids, "batch", None),
+        index=cache.index,
     )
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.model import Params
-from minillm_jax.pretrained import axes_of, load_params, load_tokenizer
+from minillm_jax.pretrained import axes_of, load_params, load_tokenizer, read_model_config
 from minillm_jax.sampler import decode_stream
 from minillm_jax.sampling import SamplingParams
-from minillm_jax.sharding import make_mesh, tree_shardings
+from minillm_jax.sharding import check_mesh, make_mesh, tree_shardings
 from minillm_jax.tokenizer import StreamDecoder, Tokenizer, encode_prompt
 
 
@@ -60,17 +60,23 @@ def load(
         adapter: run (or checkpoint) of an adapter to put onto the model at `path`, another copy of its base.
         dtype: `float32`, `bfloat16` or another floating-point type that parameters are cast to while they are read;
             `stored` keeps what the folder holds. None is float32 on CPU, which computes in it, and `stored` elsewhere.
-        mesh: how parameters are spread over devices, such as `fsdp=8`; None puts them on the first device.
+        mesh: how parameters are spread over devices, such as `fsdp=8`, which then compute together; None puts them on
+            the first device.
 
     Raises:
         CheckpointError: the folder holds no checkpoint; the message says what was expected.
         HfError: a Hugging Face folder holds something that is not implemented, or not all that is needed.
         AdapterError: the base of an adapter is missing or has another shape, or `adapter` names none.
+        ConfigError: the mesh cannot split the model.
     """
     base, path = (None, path) if adapter is None else (path, adapter)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "stored"
-    shardings = None if mesh is None else tree_shardings(make_mesh(mesh), axes_of(path))
+    shardings = None
+    if mesh is not None:
+        devices = make_mesh(mesh)
+        check_mesh(devices, read_model_config(path), str(path))
+        shardings = tree_shardings(devices, axes_of(path))
     kept = None if dtype == "stored" else jnp.dtype(dtype)
     config, params = load_params(path, base=base, dtype=kept, shardings=shardings)
     return LanguageModel(config, params, load_tokenizer(path))

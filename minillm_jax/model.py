@@ -149,7 +149,8 @@ class SelfAttention(nn.Module):
             q = RMSNorm(c.rms_norm_eps, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         q, k = rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+        q = constrain(q, "batch", None, "heads", None)
+        k, v = (constrain(x.swapaxes(1, 2), "batch", "kv_heads", None, None) for x in (k, v))  # [B, K, T, H]
         if isinstance(kv, LayerSlots):  # a server's, whose rows differ in length
             y, kv = kv.attend(q, k, v)
         else:
@@ -198,7 +199,8 @@ class MLP(nn.Module):
         gate = Linear(self.width, ("embed", "mlp"), c.initializer_range, name="gate_proj")(x)
         up = Linear(self.width, ("embed", "mlp"), c.initializer_range, name="up_proj")(x)
         out_std = c.initializer_range / math.sqrt(2 * c.num_hidden_layers)
-        return Linear(c.hidden_size, ("mlp", "embed"), out_std, name="down_proj")(jax.nn.silu(gate) * up)
+        hidden = constrain(jax.nn.silu(gate) * up, "batch", *[None] * (x.ndim - 2), "mlp")
+        return Linear(c.hidden_size, ("mlp", "embed"), out_std, name="down_proj")(hidden)
 
 
 class Experts(nn.Module):
@@ -451,6 +453,7 @@ def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array
         raise ValueError("these are a reward model's parameters, which have no output head; see reward.reward_scores")
     head = params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"]
     logits = matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+    logits = constrain(logits, "batch", *[None] * (logits.ndim - 2), "vocab")
     return logits if tied or "kernel_scale" not in params["lm_head"] else logits * params["lm_head"]["kernel_scale"]
 
 

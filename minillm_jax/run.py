@@ -41,7 +41,7 @@ from minillm_jax.metrics import plot_curves
 from minillm_jax.model import Params, init_params, param_axes
 from minillm_jax.pretrained import load_params, load_reward_params, load_tokenizer, pin, read_hf_config
 from minillm_jax.reward import reward_axes, reward_shapes
-from minillm_jax.sharding import tree_shardings
+from minillm_jax.sharding import check_mesh, check_rows, make_mesh, tree_shardings
 from minillm_jax.tokenizer import Tokenizer
 from minillm_jax.trainer import Job, TransformBatch, train
 
@@ -101,8 +101,9 @@ def open_run(config: ModelStageConfig) -> Run:
     """Create or reopen the run folder of a stage.
 
     Raises:
-        ConfigError: the folder holds a run with other settings or files that are no run, no tokenizer was named, or an
-            adapter was asked for without a base, or on targets that the model has not.
+        ConfigError: the folder holds a run with other settings or files that are no run, no tokenizer was named, an
+            adapter was asked for without a base, or on targets that the model has not; or the mesh cannot split the
+            model or the rows of a batch.
     """
     folder = Path(config.run.out_dir)
     saved_path = folder / "config.json"
@@ -110,6 +111,10 @@ def open_run(config: ModelStageConfig) -> Run:
         clear_run(folder)
     tokenizer = _find_tokenizer(config.run, folder)
     model = _fit_vocabulary(config.model, tokenizer, config.run.model_path).resolved()
+    mesh = make_mesh(config.run.mesh)
+    check_mesh(mesh, model)
+    if isinstance(data := getattr(config, "data", None), DataConfig):  # reinforcement splits prompts in its own way
+        check_rows(mesh, data.batch_size)
     if (lora := lora_of(config)) is not None:
         if config.run.model_path is None:
             raise ConfigError("--lora_rank needs --model_path: an adapter is trained on a model that exists")

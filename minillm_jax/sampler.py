@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minillm_jax.cache import KVCache, init_cache
+from minillm_jax.cache import KVCache, init_cache, place_cache
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.losses import logprobs_from_logits
 from minillm_jax.model import Params, compute_dtype, forward_hidden, unembed
 from minillm_jax.sampling import SamplingArrays, SamplingParams, penalize_repetition, sample, sampling_arrays
+from minillm_jax.sharding import constrain, data_parallelism, mesh_of, on_mesh_of
 
 CHUNK = 16
 """Decode steps per call of the device: enough to hide Python, few enough to stream smoothly."""
@@ -88,9 +89,13 @@ def prefill(
     seen = jnp.zeros((batch, config.vocab_size if track_seen else 0), bool)
     if track_seen:
         seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
-    return DecodeState(
-        output.cache, unembed(params, config, last), lengths, lengths == 0, seen, keys, jnp.zeros((), jnp.int32)
-    )
+    logits = _whole_rows(unembed(params, config, last))
+    return DecodeState(output.cache, logits, lengths, lengths == 0, seen, keys, jnp.zeros((), jnp.int32))
+
+
+def _whole_rows(logits: jax.Array) -> jax.Array:
+    """Gather the logits `[B, V]` of a row on one device: every mesh then adds up probabilities in the same order."""
+    return constrain(logits, "batch", None)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "compute", "tempered"), donate_argnames=("state",))
@@ -145,7 +150,7 @@ def decode_chunk(
         seen = state.seen
         if seen.shape[1]:
             seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
-        next_logits = unembed(params, config, output.hidden[:, 0])
+        next_logits = _whole_rows(unembed(params, config, output.hidden[:, 0]))
         next_state = DecodeState(output.cache, next_logits, state.positions + 1, done, seen, state.keys, state.step + 1)
         return next_state, emitted, logprobs
 
@@ -220,14 +225,16 @@ def equal_neighbours(prompts: Sequence[Sequence[int]]) -> int:
 def take_rows(state: DecodeState, rows: jax.Array, keys: jax.Array) -> DecodeState:
     """Take `[n]` of the rows, some perhaps several times, and give them random keys `[n]`."""
     return DecodeState(
-        KVCache(
-            k=state.cache.k[:, rows],
-            v=state.cache.v[:, rows],
-            positions=state.cache.positions[rows],
-            segment_ids=state.cache.segment_ids[rows],
-            index=state.cache.index,
+        place_cache(
+            KVCache(
+                k=state.cache.k[:, rows],
+                v=state.cache.v[:, rows],
+                positions=state.cache.positions[rows],
+                segment_ids=state.cache.segment_ids[rows],
+                index=state.cache.index,
+            )
         ),
-        state.logits[rows],
+        _whole_rows(state.logits[rows]),
         state.positions[rows],
         state.done[rows],
         state.seen[rows],
@@ -250,6 +257,9 @@ def decode_stream(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Generate chunk by chunk for a batch of prompts; log-probabilities are those of `decode_chunk`.
 
+    Where the parameters lie on a mesh, rows are split over its devices, and so is the cache. The tokens are those that
+    one device draws, as far as rounding lets two tokens' probabilities be told apart.
+
     Either the next chunk is dispatched before the last one is read, so that the device does not wait for the consumer,
     or with `shrink` rows that have ended are left behind once they are three quarters of the batch. The latter suits
     large batches that nobody watches; each size is compiled once.
@@ -270,12 +280,13 @@ def decode_stream(
 
     def dispatch(state: DecodeState) -> tuple[DecodeState, tuple[jax.Array, ...]]:
         size = state.done.shape[0]
-        eos = jnp.broadcast_to(jnp.asarray(ends, jnp.int32), (size, len(ends)))
-        state, drawn, logprobs = decode_chunk(
-            params, config, state, sampling_arrays([sampling] * size), eos,
-            steps=chunk, compute=compute, tempered=tempered,
-        )  # fmt: skip
-        return state, (drawn, logprobs, jnp.copy(state.done))
+        with on_mesh_of(params):
+            eos = jnp.broadcast_to(jnp.asarray(ends, jnp.int32), (size, len(ends)))
+            state, drawn, logprobs = decode_chunk(
+                params, config, state, sampling_arrays([sampling] * size), eos,
+                steps=chunk, compute=compute, tempered=tempered,
+            )  # fmt: skip
+            return state, (drawn, logprobs, jnp.copy(state.done))
 
     place = np.arange(batch)  # where in the whole batch the rows stand that are still decoded
     state, current = dispatch(state)
@@ -296,7 +307,8 @@ def decode_stream(
         if shrink and i + 1 < chunks:
             kept = np.argsort(ended, kind="stable")[: _shrunk(len(ended), int((~ended).sum()))]
             if len(kept) < len(place):
-                state, place = take_rows(state, kept, state.keys[kept]), place[kept]
+                with on_mesh_of(params):
+                    state, place = take_rows(state, kept, state.keys[kept]), place[kept]
             state, current = dispatch(state)
 
 
@@ -319,17 +331,21 @@ def _read_prompts(
     """Prefill prompts, each repeated one once, and leave room for new tokens; fillers at the end round the batch up."""
     copies = equal_neighbours(prompts)
     different = prompts[::copies]
-    fillers = bucket(len(different), smallest=1) - len(different)
+    mesh = mesh_of(params)
+    ways = 1 if mesh is None else data_parallelism(mesh)
+    ways //= math.gcd(ways, copies)  # rows of the whole batch are to be a multiple of the devices
+    fillers = ways * -(-bucket(len(different), smallest=1) // ways) - len(different)
     width = min(bucket(max(map(len, prompts))), config.max_position_embeddings)
     tokens = np.zeros((len(different) + fillers, width), np.int32)
     for i, prompt in enumerate(different):
         tokens[i, : len(prompt)] = prompt
     lengths = np.asarray([len(p) for p in different] + [0] * fillers, np.int32)
-    keys = row_keys([*prompts, *[()] * (copies * fillers)], seed)
-    state = prefill(
-        params, config, tokens, lengths, keys[::copies],
-        cache_length=bucket(width + room),  # shared by prompt widths, so decoding is compiled less often
-        track_seen=sampling.repetition_penalty != 1.0,
-        compute=compute,
-    )  # fmt: skip
-    return state if copies == 1 else take_rows(state, np.repeat(np.arange(len(lengths)), copies), keys)
+    with on_mesh_of(params):
+        keys = row_keys([*prompts, *[()] * (copies * fillers)], seed)
+        state = prefill(
+            params, config, tokens, lengths, keys[::copies],
+            cache_length=bucket(width + room),  # shared by prompt widths, so decoding is compiled less often
+            track_seen=sampling.repetition_penalty != 1.0,
+            compute=compute,
+        )  # fmt: skip
+        return state if copies == 1 else take_rows(state, np.repeat(np.arange(len(lengths)), copies), keys)

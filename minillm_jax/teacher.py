@@ -26,7 +26,7 @@ from minillm_jax.distillation import top_k_logprobs
 from minillm_jax.losses import map_tokens
 from minillm_jax.model import Params, compute_dtype, forward_hidden, param_axes, unembed
 from minillm_jax.pretrained import load_params, load_tokenizer, read_model_config
-from minillm_jax.sharding import data_parallelism, tree_shardings
+from minillm_jax.sharding import check_mesh, data_parallelism, tree_shardings
 from minillm_jax.tokenizer import MissingTokenizer, Tokenizer
 from minillm_jax.trainer import put_batch
 
@@ -42,7 +42,12 @@ class Teacher:
     config: ModelConfig
 
     def load(self, mesh: Mesh, compute: ComputeConfig) -> Params:
-        """Load the parameters onto the mesh, in the dtype that they are computed in."""
+        """Load the parameters onto the mesh, in the dtype that they are computed in.
+
+        Raises:
+            ConfigError: the mesh cannot split them.
+        """
+        check_mesh(mesh, self.config, self.path)
         shardings = tree_shardings(mesh, param_axes(self.config))
         return load_params(self.path, dtype=compute_dtype(compute), shardings=shardings)[1]
 

@@ -29,7 +29,14 @@ from minillm_jax.losses import Batch, LossFn
 from minillm_jax.metrics import MetricsLogger, flops_per_token, peak_flops
 from minillm_jax.model import Params
 from minillm_jax.optim import global_norm, make_optimizer, make_schedule
-from minillm_jax.sharding import batch_sharding, data_parallelism, make_mesh, optimizer_shardings, tree_shardings
+from minillm_jax.sharding import (
+    batch_sharding,
+    check_mesh,
+    check_rows,
+    make_mesh,
+    optimizer_shardings,
+    tree_shardings,
+)
 
 TrainState = dict[str, Any]
 """`{"params", "opt_state", "step", "key"}`: everything that a step changes, and a checkpoint keeps."""
@@ -275,15 +282,12 @@ def train(job: Job) -> int:
         0 when all steps are done, 128 plus the signal's number when a signal ended it (everything saved).
 
     Raises:
-        TrainingError: too many steps in a row had a non-finite gradient, or the batch does not fit the mesh.
+        TrainingError: too many steps in a row had a non-finite gradient.
+        ConfigError: the model or the batch does not fit the mesh.
     """
     mesh = make_mesh(job.run.mesh)
-    ways = data_parallelism(mesh)
-    if job.batch_size % ways:
-        raise TrainingError(
-            f"--batch_size {job.batch_size} cannot be split over {ways} devices; use a multiple of {ways}, "
-            "or a --mesh with a smaller data axis"
-        )
+    check_mesh(mesh, job.model)
+    check_rows(mesh, job.batch_size)
     checkpointer = Checkpointer(
         job.run.out_dir,
         keep=job.run.keep,

@@ -27,7 +27,7 @@ class Layout:
     """Shapes of a rollout's batches. Each one is compiled, which takes as long as many steps: they only ever grow.
 
     Attributes:
-        groups: of a row; 0 is not chosen yet.
+        groups: of a row, or in the controls of a run those of a unit, which is a row or several; 0 is not chosen yet.
         tokens: length T of a row.
         drawn: tokens S of a row's completions, at most.
         length: tokens C of a completion, at most.

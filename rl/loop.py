@@ -284,10 +284,15 @@ class _Loop:
         size = self.job.group_size
         sizes, _ = group_sizes(drawn[0], size)
         layout = Layout(*self.controls["layout"])
-        layout = dataclasses.replace(layout, groups=layout.groups or groups_per_row(sizes, self.parts))
-        rollout, indices, scored = take_groups(drawn, balanced_order(sizes, layout.groups), size)
-        layout = grown(layout, rollout, size)
-        self.controls = self.controls | {"layout": dataclasses.astuple(layout)}
+        # Which groups share an update must not depend on the mesh, so units are chosen without it, and rows are parts
+        # of units where there are more devices than units.
+        unit = layout.groups or groups_per_row(sizes, self.parts // data_parallelism(self.mesh))
+        groups = math.gcd(unit, len(sizes) // self.parts)
+        units = balanced_order(sizes, unit).reshape(-1, unit)
+        order = np.concatenate([groups_of[balanced_order(sizes[groups_of], groups)] for groups_of in units])
+        rollout, indices, scored = take_groups(drawn, order, size)
+        layout = grown(dataclasses.replace(layout, groups=groups), rollout, size)
+        self.controls = self.controls | {"layout": dataclasses.astuple(dataclasses.replace(layout, groups=unit))}
         batch, logprobs = to_batch(rollout, size, layout)
         keep = scored.ok & (rollout.finished | (not self.config.rollout.mask_truncated_completions))
         if self.job.dynamic_sampling:
@@ -349,12 +354,13 @@ class _Loop:
 
     def _update(self, batch: HostBatch) -> dict[str, float]:
         """Learn from a rollout in minibatches; returns the means of what the steps measured."""
-        rollout, rows = self.config.rollout, len(batch["tokens"])
+        rollout, units = self.config.rollout, self.prompts_per_rollout // Layout(*self.controls["layout"]).groups
+        rows = np.arange(len(batch["tokens"])).reshape(units, -1)
         random = np.random.default_rng((self.config.run.seed, self.step))
         found: list[dict[str, float]] = []
         for _ in range(rollout.update_epochs):
-            order = random.permutation(rows) if rollout.minibatches > 1 else np.arange(rows)
-            for part in np.split(order, rollout.minibatches):
+            order = random.permutation(units) if rollout.minibatches > 1 else np.arange(units)
+            for part in np.split(rows[order].reshape(-1), rollout.minibatches):
                 minibatch = put_batch({name: array[part] for name, array in batch.items()}, self.mesh)
                 self.state, metrics = self.train_step(self.state, self.frozen, minibatch)
                 found.append({name: float(value) for name, value in jax.device_get(metrics).items()})

@@ -20,7 +20,7 @@ from minillm_jax.model import Params, compute_dtype
 from minillm_jax.pretrained import holds_reward_model, load_params, load_tokenizer, read_model_config
 from minillm_jax.reward import reward_axes, reward_scores
 from minillm_jax.sampler import bucket
-from minillm_jax.sharding import data_parallelism, tree_shardings
+from minillm_jax.sharding import check_mesh, data_parallelism, tree_shardings
 from minillm_jax.teacher import vocabulary_difference
 from minillm_jax.tokenizer import MissingTokenizer, Tokenizer
 from minillm_jax.trainer import put_batch
@@ -100,7 +100,8 @@ def open_reward_model(
         compute: dtype and attention implementation.
 
     Raises:
-        ConfigError: the folder holds a language model, its vocabulary is not the policy's, or its context is too short.
+        ConfigError: the folder holds a language model, its vocabulary is not the policy's, its context is too short, or
+            the mesh cannot split it.
         HfError, CheckpointError: the folder holds no model.
     """
     config, closing = read_model_config(path), closing_tokens(tokenizer)
@@ -126,7 +127,10 @@ def open_reward_model(
             f"--reward_model_path {path} is a language model, without a head that scores; make a reward model of it "
             "with python -m rl.train_rm"
         )
-    shardings = None if mesh is None else tree_shardings(mesh, reward_axes(config))
+    shardings = None
+    if mesh is not None:
+        check_mesh(mesh, config, path)
+        shardings = tree_shardings(mesh, reward_axes(config))
     _, params = load_params(path, dtype=compute_dtype(compute), shardings=shardings)
     return RewardModel(params, config, frozenset(tokenizer.eos_token_ids), closing, mesh, compute)
 

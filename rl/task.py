@@ -8,6 +8,7 @@ from typing import Protocol
 from minillm_jax.config import ConfigError
 from minillm_jax.data import PromptRows, load_prompts
 from minillm_jax.run import ModelStageConfig, Run
+from minillm_jax.sharding import make_mesh
 from rl.config import PromptConfig, RLRunConfig, RolloutConfig
 from rl.health import HealthConfig
 from rl.rewards import RewardConfig, Rewards, make_rewards
@@ -69,6 +70,7 @@ def load_task(config: RLConfig, run: Run) -> Task:
         run.tokenizer,
         max_prompt_len=room,
         max_new_tokens=rollout.max_new_tokens,
+        mesh=make_mesh(config.run.mesh),
         compute=config.compute,
     )
     rewards.check([*prompts.records, *(valid_prompts.records if valid_prompts else [])])

@@ -128,7 +128,7 @@ def questions(rows: TokenRows, tokenizer: Tokenizer, count: int) -> tuple[list[l
 
 def report(config: DistillReasonConfig, run: Run, rows: TokenRows) -> Metrics:
     """Let the finished model answer rows that were set aside."""
-    lm, temperature = load(run.folder), config.reason.report_temperature
+    lm, temperature = load(run.folder, mesh=config.run.mesh), config.reason.report_temperature
     prompts, replies = questions(rows, run.tokenizer, config.reason.report_rows)
     room = run.model.max_position_embeddings - max(map(len, prompts))
     sampling = SamplingParams(max_new_tokens=min(config.reason.report_max_new_tokens, room), temperature=temperature)

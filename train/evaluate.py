@@ -61,7 +61,7 @@ from minillm_jax.preference import reference_logps, reward_pairs
 from minillm_jax.reward import is_reward_model, reward_axes
 from minillm_jax.sampling import SamplingParams
 from minillm_jax.scoring import Scores, Span, score_sequences
-from minillm_jax.sharding import data_parallelism, make_mesh, tree_shardings
+from minillm_jax.sharding import check_mesh, data_parallelism, make_mesh, tree_shardings
 from minillm_jax.tokenizer import Tokenizer
 
 SCORED: dict[str, Callable[[list[Any], Tokenizer, Score], Metrics]] = {
@@ -102,7 +102,7 @@ class EvaluateConfig:
     out_file: str | None = None
     """File to write the JSON object to as well."""
     mesh: str = "data=-1"
-    """Device mesh as axis=size pairs, as in training; exact runs on one device."""
+    """Device mesh as axis=size pairs, as in training."""
     compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self) -> None:
@@ -145,19 +145,26 @@ def _progress(console: Console, title: str) -> Iterator[Callable[[int, int], Non
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _on_mesh(config: EvaluateConfig, lm: LanguageModel) -> tuple[Mesh, LanguageModel]:
+    """Lay the model over the mesh as in training, where it does not lie there already."""
+    mesh = make_mesh(config.mesh)
+    check_mesh(mesh, lm.config, config.model_path)
+    axes = (reward_axes if is_reward_model(lm.params) else param_axes)(lm.config)
+    return mesh, dataclasses.replace(lm, params=jax.device_put(lm.params, tree_shardings(mesh, axes)))
+
+
 def _run_scoring(config: EvaluateConfig, lm: LanguageModel, records: list[Any], console: Console) -> Metrics:
-    """Score on the mesh: rows over its data axes, parameters as in training."""
+    """Score on the mesh, rows over its data axes."""
     run = SCORED[config.task]
     window = _window(config, lm)
     if config.stride is not None and config.stride > window:
         raise ConfigError(f"--stride {config.stride} is more than a window of {window} tokens and would skip text")
-    mesh = make_mesh(config.mesh)
+    mesh, lm = _on_mesh(config, lm)
     rows = _rows_at_once(config, mesh)
     with jax.set_mesh(mesh), _progress(console, f"scoring {len(records):,} rows") as progress:
-        params = jax.device_put(lm.params, tree_shardings(mesh, param_axes(lm.config)))
         score = partial(
             score_sequences,
-            dataclasses.replace(lm, params=params),
+            lm,
             max_seq_len=window,
             batch_size=rows,
             stride=config.stride,
@@ -203,10 +210,9 @@ def _run_preferences(
         bad_row(record, chat_field_error(error), config.on_bad_row, report)
     _refuse_nothing(encoded.lengths, config)
     rows = pair_rows(encoded, window, partial(console.print, markup=False, soft_wrap=True))
-    mesh = make_mesh(config.mesh)
-    params = jax.device_put(lm.params, tree_shardings(mesh, (reward_axes if rewards else param_axes)(lm.config)))
+    mesh, lm = _on_mesh(config, lm)
     score = reward_pairs if rewards else reference_logps
-    scores = score(params, lm.config, config.compute, rows, _rows_at_once(config, mesh), mesh)
+    scores = score(lm.params, lm.config, config.compute, rows, _rows_at_once(config, mesh), mesh)
     _refuse_not_finite(scores, config)
     return {
         "max_seq_len": window,
@@ -233,6 +239,7 @@ def _run_exact(
                 record, FieldError("prompt", "leaves the model no room to answer", detail), config.on_bad_row, report
             )
     _refuse_nothing(kept, config)
+    _, lm = _on_mesh(config, lm)
     sampling = SamplingParams(max_new_tokens=config.max_new_tokens, temperature=0.0)
     with _progress(console, f"answering {len(kept):,} prompts") as progress:
         metrics = evaluate_exact(
@@ -272,7 +279,8 @@ def evaluate(config: EvaluateConfig, lm: LanguageModel, console: Console) -> Met
 
     Raises:
         DataError: a bad row, or none.
-        ConfigError: a window that the model or the stride does not fit, or a task that a reward model cannot do.
+        ConfigError: a window that the model or the stride does not fit, a task that a reward model cannot do, or a mesh
+            that cannot split the model.
         CheckpointError: the model's parameters are not finite.
     """
     kind = _kind(config)
@@ -319,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with user_errors():
         config = parse_cli(EvaluateConfig, str(__doc__), argv=argv)
         setup_jax()
-        lm = load(config.model_path)
+        lm = load(config.model_path, mesh=config.mesh)
         line = json.dumps(evaluate(config, lm, Console(stderr=True, highlight=False)), ensure_ascii=False)
         print(line)
         if config.out_file is not None:
