@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import sys
@@ -33,7 +34,7 @@ def _escape(text: str) -> str:
 
 
 def setup_jax() -> None:
-    """Keep compiled programs in ~/.cache/minillm_jax/jax, and freed memory for reuse.
+    """Keep compiled programs in ~/.cache/minillm_jax/jax, and freed memory for reuse; say which kernels are chosen.
 
     JAX's own variables JAX_COMPILATION_CACHE_DIR and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS come first.
     """
@@ -46,8 +47,25 @@ def setup_jax() -> None:
     for name, value in defaults.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
+    _say_choices()
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         _keep_freed_memory()
+
+
+class _ToStderr(logging.Handler):
+    """Print records to whatever standard error is at the time: a progress bar puts its own in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def _say_choices() -> None:
+    """Show which implementations are chosen for this machine."""
+    log = logging.getLogger("minillm_jax.kernels")
+    if not log.handlers:
+        log.addHandler(_ToStderr())
+        log.setLevel(logging.INFO)
+        log.propagate = False
 
 
 def _keep_freed_memory() -> None:

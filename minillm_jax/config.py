@@ -204,8 +204,9 @@ class ComputeConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Activations; auto is float32 on CPU and bfloat16 on accelerators. Parameters stay float32 while training."""
-    attention_impl: Literal["auto", "xla"] = "auto"
-    """Attention implementation; auto picks by device, dtype and shape."""
+    attention_impl: Literal["auto", "xla", "cudnn", "splash", "tokamax"] = "auto"
+    """Attention implementation: cudnn and tokamax (where installed) are for GPU, splash is for TPU; auto picks by
+    device, dtype and shape."""
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     """What the backward pass recomputes: nothing, all but matrix products and attention, or whole layers; auto is
     dots on CPU and none elsewhere."""

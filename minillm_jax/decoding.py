@@ -78,7 +78,7 @@ def forward_slots(
     positions = lengths[:, None] + index + jnp.arange(length)
     ones = jnp.ones((batch, length), jnp.int32)
     cos, sin = rope_tables(positions, config)
-    shared = Shared(cos, sin, positions, ones, positions, ones, index)
+    shared = Shared(cos, sin, positions, ones, positions, ones, index, branched=False)
     x = params["embed_tokens"]["embedding"][tokens].astype(compute_dtype(compute))
     new_k, new_v = [], []
     for i, layer in enumerate(params["layers"]):

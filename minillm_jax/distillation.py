@@ -186,7 +186,7 @@ def distillation_loss(
         params: Params, frozen: Any, batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         tokens, positions, segment_ids = batch["tokens"], batch["positions"], batch["segment_ids"]
-        run = partial(forward_hidden, positions=positions, segment_ids=segment_ids, compute=compute)
+        run = partial(forward_hidden, positions=positions, segment_ids=segment_ids, branched=False, compute=compute)
         output = run(params, student, tokens, dropout_key=key)
 
         def compare(hidden: jax.Array, targets: jax.Array, *taught: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -128,6 +128,7 @@ def language_model_loss(config: ModelConfig, compute: ComputeConfig) -> LossFn:
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
             dropout_key=key,
+            branched=False,
             compute=compute,
         )
         weights = batch["weights"]

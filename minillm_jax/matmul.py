@@ -1,21 +1,23 @@
 """Matrix products with backward passes of their own: the plain one, and the grouped one of the experts.
 
 Derived gradients are right but slow on CPU, where a product's operands are copied into the order that the kernel reads;
-these choose which operand that happens to. The grouped product has one signature and several implementations. On CPU
-the rows of each group are padded to whole blocks and a loop runs over the blocks in use, so that the work is that of
-the rows and not E times as much.
+these choose which operand that happens to. The grouped product has one signature and several implementations, which
+differ in speed only.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128
-"""Most rows of one step of the grouped product on CPU; a decoding step has fewer rows than this in all."""
+from minillm_jax import matmul_kernels
+from minillm_jax.kernels import announce, platform, present_platform, trial
+from minillm_jax.matmul_blocked import blocked_matmul
+from minillm_jax.matmul_kernels import KERNELS, refusal
 
 
 @jax.custom_vjp
@@ -46,20 +48,74 @@ def _matmul_bwd(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[j
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, impl: str = "auto") -> jax.Array:
     """Multiply consecutive groups of rows by one matrix each.
+
+    Inside `jax.shard_map` the arrays are one device's. Elsewhere on a mesh the kernels, which the compiler cannot
+    partition, gather everything and run on every device alike: right, but no faster than one device.
 
     Args:
         x: `[M, D]` rows, group after group.
         w: `[E, D, F]`, one matrix a group.
-        sizes: `[E]` ints that sum to M.
+        sizes: `[E]` ints that sum to M, or to less.
+        impl: `blocked` (a loop, for CPU), `ragged_dot` (`jax.lax.ragged_dot`), `megablox` (TPU), `triton` (NVIDIA
+            GPU), `tokamax` (NVIDIA GPU and TPU, where the package is installed), or `auto`, which chooses by platform,
+            dtype and shape, and logs what it chose.
 
     Returns:
-        `[M, F]`, row i being `x[i] @ w[group of i]`.
+        `[M, F]`, row i being `x[i] @ w[group of i]`; rows behind the last group, and their gradients, are arbitrary.
+
+    Raises:
+        ValueError: an unknown implementation, or one that cannot compute this.
     """
-    if jax.default_backend() == "cpu":
-        return _blocked_matmul(x, w, sizes)
-    return jax.lax.ragged_dot(x, w, sizes.astype(jnp.int32))
+    where = platform()
+    if impl == "auto":
+        impl = next((name for name in PREFERRED[where] if _pays(name, x, w, where)), "ragged_dot")
+        if x.shape[0] >= SMALLEST:
+            announce("grouped product", impl, where, x.dtype.name, " x ".join(map(str, w.shape)))
+    elif impl in KERNELS and (reason := refusal(impl, x, w, where)) is not None:
+        raise ValueError(f"the grouped product {impl} cannot be used here: {reason}; choose auto")
+    if impl == "blocked":
+        return blocked_matmul(x, w, sizes)
+    if impl == "ragged_dot":
+        return jax.lax.ragged_dot(x, w, sizes.astype(jnp.int32))
+    if impl not in KERNELS:
+        raise ValueError(f"the grouped product {impl!r} is unknown; choose auto, blocked, ragged_dot or {KERNELS}")
+    return matmul_kernels.run(impl, x, w, sizes.astype(jnp.int32))
+
+
+PREFERRED = {"cpu": ("blocked",), "gpu": ("tokamax", "triton"), "tpu": ("megablox",)}
+"""What `auto` tries before `ragged_dot`, which XLA expands to E times the work on CPU and GPU."""
+SMALLEST = 128
+"""With fewer rows, as in decoding, a kernel's blocks are mostly padding."""
+
+
+def _pays(impl: str, x: jax.Array, w: jax.Array, where: str) -> bool:
+    """Whether `auto` may take an implementation: it can do it, there is enough to do, and it was right here."""
+    if impl == "blocked":
+        return True
+    if x.shape[0] < SMALLEST or refusal(impl, x, w, where) is not None:
+        return False
+    if where != present_platform():
+        return True  # compiled ahead for devices that this machine lacks
+    key = (f"the grouped product {impl}", w.shape, x.dtype.name)
+    example = functools.partial(_example, w.shape, x.dtype)
+    return trial(key, functools.partial(example, impl), functools.partial(example, "ragged_dot"), 0.05) is None
+
+
+def _example(shape: tuple[int, ...], dtype: jnp.dtype, impl: str) -> tuple[jax.Array, ...]:
+    """Outputs and gradients of rows of which the first group has none, and the others have more and more."""
+    counts = [37 * i for i in range(shape[0])] if shape[0] > 1 else [SMALLEST]
+    x, w, g = (
+        jax.random.normal(jax.random.key(i), size, dtype)
+        for i, size in enumerate([(sum(counts), shape[1]), shape, (sum(counts), shape[2])])
+    )
+    sizes = jnp.asarray(counts, jnp.int32)
+    if impl == "ragged_dot":
+        out, pull = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, w)
+    else:
+        out, pull = jax.vjp(lambda x, w: matmul_kernels.run(impl, x, w, sizes), x, w)
+    return out, *pull(g)
 
 
 @jax.tree_util.register_dataclass
@@ -96,83 +152,3 @@ class LowRank:
 def rowwise_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiply each of `[M, D]` rows by its own matrix of `[M, D, F]`."""
     return jnp.einsum("md,mdf->mf", x, w)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Blocks:
-    """Layout in which every group starts on a block boundary."""
-
-    source: jax.Array  # [P] row that fills each padded slot
-    filled: jax.Array  # [P] whether it is a row at all
-    target: jax.Array  # [M] padded slot of each row
-    group: jax.Array  # [P / size] group of each block
-    used: jax.Array  # scalar, blocks in use
-
-
-def _block_size(rows: int) -> int:
-    return min(BLOCK, 1 << (rows - 1).bit_length())
-
-
-def _layout(rows: int, sizes: jax.Array) -> _Blocks:
-    groups, size = sizes.shape[0], _block_size(rows)
-    blocks = -(-rows // size) + groups  # no layout needs more
-    blocks_of = -(-sizes // size)
-    first_block = jnp.cumsum(blocks_of) - blocks_of
-    first_row = jnp.cumsum(sizes) - sizes
-    group = jnp.minimum(jnp.searchsorted(jnp.cumsum(blocks_of), jnp.arange(blocks), side="right"), groups - 1)
-    slot = jnp.arange(blocks * size)
-    slot_group = jnp.repeat(group, size)
-    within = slot - first_block[slot_group] * size
-    row_group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
-    return _Blocks(
-        source=jnp.clip(first_row[slot_group] + within, 0, rows - 1),
-        filled=within < sizes[slot_group],
-        target=first_block[row_group] * size + jnp.arange(rows) - first_row[row_group],
-        group=group,
-        used=blocks_of.sum(),
-    )
-
-
-def _pad(x: jax.Array, layout: _Blocks) -> jax.Array:
-    padded = jnp.where(layout.filled[:, None], x[layout.source], 0)
-    return padded.reshape(-1, _block_size(x.shape[0]), x.shape[-1])  # [P / size, size, D]
-
-
-def _multiply(x: jax.Array, w: jax.Array, layout: _Blocks, transpose: bool) -> jax.Array:
-    """Rows times their group's matrix, or its transpose, a block at a time."""
-    padded = _pad(x, layout)
-    width = w.shape[1 if transpose else 2]
-
-    def body(i: jax.Array, out: jax.Array) -> jax.Array:
-        matrix = w[layout.group[i]]
-        return out.at[i].set(padded[i] @ (matrix.T if transpose else matrix))
-
-    out = jax.lax.fori_loop(0, layout.used, body, jnp.zeros((*padded.shape[:2], width), x.dtype))
-    return out.reshape(-1, width)[layout.target]
-
-
-@jax.custom_vjp
-def _blocked_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _multiply(x, w, _layout(x.shape[0], sizes), transpose=False)
-
-
-def _blocked_fwd(
-    x: jax.Array, w: jax.Array, sizes: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _blocked_matmul(x, w, sizes), (x, w, sizes)
-
-
-def _blocked_bwd(residuals: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    x, w, sizes = residuals
-    layout = _layout(x.shape[0], sizes)
-    rows, grads = _pad(x, layout), _pad(g, layout)
-
-    def body(i: jax.Array, dw: jax.Array) -> jax.Array:
-        return dw.at[layout.group[i]].add(rows[i].T @ grads[i])
-
-    dw = jax.lax.fori_loop(0, layout.used, body, jnp.zeros_like(w))
-    return _multiply(g, w, layout, transpose=True), dw, None
-
-
-_blocked_matmul.defvjp(_blocked_fwd, _blocked_bwd)

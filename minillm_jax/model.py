@@ -181,6 +181,7 @@ class SelfAttention(nn.Module):
             q_segment_ids=shared.segment_ids,
             kv_segment_ids=shared.kv_segment_ids,
             causal_layout=kv is None,
+            branched=shared.branched,
             impl=self.compute.attention_impl,
         )
         return y, kv
@@ -260,6 +261,7 @@ class Shared:
     kv_positions: jax.Array  # [B, S]
     kv_segment_ids: jax.Array  # [B, S]
     start: jax.Array  # scalar, first cache slot that is written
+    branched: bool = field(metadata={"static": True})  # segments may have branches
 
 
 class Block(nn.Module):
@@ -316,7 +318,12 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: KVCache | None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: KVCache | None,
+        branched: bool = False,
     ) -> ModelOutput:
         """See `forward_hidden`."""
         c = self.config
@@ -333,6 +340,7 @@ class Transformer(nn.Module):
             positions if cache is None else cache.positions,
             segment_ids if cache is None else cache.segment_ids,
             start,
+            branched,
         )  # fmt: skip
         block = Block
         remat = self.compute.remat
@@ -411,6 +419,7 @@ def forward_hidden(
     segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
     dropout_key: jax.Array | None = None,
+    branched: bool = True,
     compute: ComputeConfig = ComputeConfig(),
 ) -> ModelOutput:
     """Run the transformer up to its final norm.
@@ -424,6 +433,8 @@ def forward_hidden(
             Continuations of one beginning are branches of its segment, see `attention`.
         cache: past keys and values; the call's tokens are written behind them.
         dropout_key: turns dropout on, the adapter's included.
+        branched: segments may have such branches. False, where none has, admits faster attention; with branches after
+            all, the result is NaN.
         compute: dtype, attention implementation, rematerialisation.
 
     Raises:
@@ -440,10 +451,10 @@ def forward_hidden(
         start = 0 if cache is None else cache.index
         positions = jnp.broadcast_to(start + jnp.arange(length), (batch, length))
     if segment_ids is None:
-        segment_ids = jnp.ones((batch, length), jnp.int32)
+        segment_ids, branched = jnp.ones((batch, length), jnp.int32), False
     model = Transformer(config, compute, deterministic=dropout_key is None or config.dropout == 0.0)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return model.apply({"params": params}, tokens, positions, segment_ids, cache, rngs=rngs)
+    return model.apply({"params": params}, tokens, positions, segment_ids, cache, branched, rngs=rngs)
 
 
 def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:

@@ -221,6 +221,7 @@ def pair_logps(
         positions=flat["positions"],
         segment_ids=flat["segment_ids"],
         dropout_key=key,
+        branched=False,
         compute=compute,
     )
     logprobs = token_logprobs(params, config, output.hidden, flat["targets"]).reshape(pairs, 2, length)
@@ -247,7 +248,7 @@ def pair_scores(
     pairs, _, length = tokens.shape
     flat = segment_ids.reshape(2 * pairs, length)
     output = forward_hidden(
-        params, config, tokens.reshape(flat.shape), segment_ids=flat, dropout_key=key, compute=compute
+        params, config, tokens.reshape(flat.shape), segment_ids=flat, dropout_key=key, branched=False, compute=compute
     )
     return read_scores(params, output.hidden, flat).reshape(pairs, 2), output
 

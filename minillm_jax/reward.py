@@ -80,5 +80,5 @@ def reward_scores(
         `[B]` float32, the head's value at each row's last real token.
     """
     segment_ids = jnp.ones(jnp.shape(tokens), jnp.int32) if segment_ids is None else segment_ids
-    hidden = forward_hidden(params, config, tokens, segment_ids=segment_ids, compute=compute).hidden
+    hidden = forward_hidden(params, config, tokens, segment_ids=segment_ids, branched=False, compute=compute).hidden
     return read_scores(params, hidden, segment_ids)

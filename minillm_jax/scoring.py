@@ -146,6 +146,7 @@ def _batch_logprobs(params: Params, config: ModelConfig, batch: Batch, compute: 
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
+        branched=False,
         compute=compute,
     )
     return token_logprobs(params, config, output.hidden, batch["targets"])

@@ -210,7 +210,7 @@ def _top_k(
 ) -> tuple[jax.Array, jax.Array]:
     positions, segment_ids = batch["positions"], batch["segment_ids"]
     hidden = forward_hidden(
-        params, config, batch["tokens"], positions=positions, segment_ids=segment_ids, compute=compute
+        params, config, batch["tokens"], positions=positions, segment_ids=segment_ids, branched=False, compute=compute
     ).hidden
 
     def likeliest(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -314,7 +314,7 @@ def command(tmp_path, monkeypatch, capsys):
     def run(task, rows, *flags, lm=None, status=0):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        monkeypatch.setattr(train.evaluate, "load", lambda _: lm or random_model(CONFIG))
+        monkeypatch.setattr(train.evaluate, "load", lambda _, mesh: lm or random_model(CONFIG))
         argv = ["--model_path", str(tmp_path / "run"), "--data_path", str(path), "--task", task]
         argv += ["--batch_size", "2", "--max_seq_len", str(T), "--max_new_tokens", "4", *flags]
         if status:
