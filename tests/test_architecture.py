@@ -17,7 +17,7 @@ RANK = [
     "tokenizer chat data",
     "cache sharding flops matmul rope cli",
     "attention moe",
-    "slots",
+    "slots expert_parallel",
     "model",
     "losses optim sampling metrics reward quantize",
     "lora checkpoint_files sampler distillation hf_tensors",
