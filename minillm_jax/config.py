@@ -125,6 +125,9 @@ class ModelConfig:
     over the batch and all layers at once (Mixtral and Qwen3-MoE in transformers)."""
     router_z_loss_coef: float = 0.0
     """Weight of the squared log-partition of router logits (ST-MoE)."""
+    expert_capacity_factor: float | None = None
+    """While training, most tokens that an expert takes from a row, as a multiple of an even share (GShard, Switch);
+    later ones are dropped. None drops nothing, and like dropout this is off outside training."""
 
     def __post_init__(self) -> None:
         """Refuse impossible shapes."""
@@ -152,6 +155,10 @@ class ModelConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must lie in [0, 1), not {self.dropout}")
+        if self.expert_capacity_factor is not None and self.expert_capacity_factor <= 0:
+            raise ConfigError(
+                f"expert_capacity_factor must be positive, or None to drop nothing, not {self.expert_capacity_factor}"
+            )
 
     @property
     def head_size(self) -> int:
@@ -433,6 +440,7 @@ FREE_MODEL_FIELDS = (
     "router_aux_loss_coef",
     "router_aux_loss_scope",
     "router_z_loss_coef",
+    "expert_capacity_factor",
 )
 """Model fields that may differ from the checkpoint's: they leave its weights as they are."""
 

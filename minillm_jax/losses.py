@@ -147,10 +147,13 @@ def router_terms(output: ModelOutput, weights: jax.Array) -> tuple[jax.Array | f
         return 0.0, {}
     weight = weights.sum()
     router_loss = (output.router_loss * weights).sum()
-    return router_loss, {
+    metrics = {
         "router_loss": (router_loss, weight),
         "expert_load_max": (output.expert_load.max() * weight, weight),
     }
+    if output.dropped_share is not None:
+        metrics["dropped_share"] = (output.dropped_share.mean() * weight, weight)
+    return router_loss, metrics
 
 
 def reweighted(loss_fn: LossFn, token_ids: Sequence[int], factor: float) -> LossFn:

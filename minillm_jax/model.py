@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flax.linen as nn
@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from minillm_jax.attention import CHECKPOINT_NAME, attention
 from minillm_jax.cache import KVCache, write_layer, write_slots
 from minillm_jax.config import ComputeConfig, ModelConfig
+from minillm_jax.expert_parallel import Capacity, Weights, expert_layer
 from minillm_jax.matmul import LowRank, matmul
-from minillm_jax.moe import auxiliary_loss, model_balancing_loss, moe_mlp, route
+from minillm_jax.moe import auxiliary_loss, expert_capacities, limit_to_capacity, model_balancing_loss, route
 from minillm_jax.rope import rope_tables, rotate
 from minillm_jax.sharding import constrain
 from minillm_jax.slots import LayerSlots
@@ -43,12 +44,14 @@ class ModelOutput:
         router_loss: `[B, T]` float32 auxiliary loss per token, summed over layers, coefficients included; None if
             dense.
         expert_load: `[L, E]` share of assignments per expert; None if dense.
+        dropped_share: `[L]` share of assignments that exceeded their expert's capacity; None if there is no limit.
     """
 
     hidden: jax.Array
     cache: KVCache | None
     router_loss: jax.Array | None
     expert_load: jax.Array | None
+    dropped_share: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -210,7 +213,7 @@ class Experts(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, dtype: Any) -> tuple[tuple[jax.Array, ...], tuple[LowRank | None, ...]]:
+    def __call__(self, dtype: Any) -> tuple[Weights, tuple[LowRank | None, ...]]:
         """Return gate and up `[E, D, F]` and down `[E, F, D]`, and their adapters."""
         c = self.config
         out_std = c.initializer_range / math.sqrt(2 * c.num_hidden_layers)
@@ -236,17 +239,19 @@ class MoE(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, ...]:
-        """Return `[B, T, D]`, the auxiliary loss `[B, T]`, and load and mean scores `[E]`."""
+    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array | None, ...]:
+        """Return `[B, T, D]`, the auxiliary loss `[B, T]`, load and mean scores `[E]`, and the share dropped."""
         c = self.config
         flat = x.reshape(-1, x.shape[-1])
         logits = Linear(c.num_experts, ("embed", "norm"), c.initializer_range, name="router")(flat.astype(jnp.float32))
-        routing = route(logits, c)
-        (gate, up, down), adapters = Experts(c, name="experts")(x.dtype)
-        y = moe_mlp(flat, gate, up, down, routing, adapters).reshape(x.shape)
+        routing, dropped = limit_to_capacity(route(logits, c), segment_ids, c)
+        weights, adapters = Experts(c, name="experts")(x.dtype)
+        capacities = expert_capacities(x.shape[1], c)
+        capacity = None if capacities is None else Capacity(int(capacities[-1]), x.shape[1])
+        y = expert_layer(flat, weights, routing, adapters, capacity).reshape(x.shape)
         if c.n_shared_experts:
             y = y + MLP(c.n_shared_experts * c.expert_size, c, name="shared")(x)
-        return y, *auxiliary_loss(routing, segment_ids, c)
+        return y, *auxiliary_loss(routing, segment_ids, c), dropped
 
 
 @jax.tree_util.register_dataclass
@@ -367,11 +372,11 @@ class Transformer(nn.Module):
             _Table(head, (c.hidden_size, c.vocab_size), "kernel", name="lm_head")()
         if routed is None:
             return ModelOutput(x, cache, None, None)
-        losses, load, mean_scores = routed
+        losses, load, mean_scores, dropped = routed
         router_loss = losses.sum(0)
         if c.router_aux_loss_scope == "model":
             router_loss += model_balancing_loss(load, mean_scores, segment_ids, c)
-        return ModelOutput(x, cache, router_loss, load)
+        return ModelOutput(x, cache, router_loss, load, dropped)
 
 
 class _Table(nn.Module):
@@ -432,7 +437,7 @@ def forward_hidden(
         segment_ids: `[B, T]`; tokens see their own segment only, 0 is padding; None makes each row one segment.
             Continuations of one beginning are branches of its segment, see `attention`.
         cache: past keys and values; the call's tokens are written behind them.
-        dropout_key: turns dropout on, the adapter's included.
+        dropout_key: turns dropout on, the adapter's included, and the limit of `expert_capacity_factor`.
         branched: segments may have such branches. False, where none has, admits faster attention; with branches after
             all, the result is NaN.
         compute: dtype, attention implementation, rematerialisation.
@@ -452,6 +457,8 @@ def forward_hidden(
         positions = jnp.broadcast_to(start + jnp.arange(length), (batch, length))
     if segment_ids is None:
         segment_ids, branched = jnp.ones((batch, length), jnp.int32), False
+    if dropout_key is None:
+        config = replace(config, expert_capacity_factor=None)
     model = Transformer(config, compute, deterministic=dropout_key is None or config.dropout == 0.0)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     return model.apply({"params": params}, tokens, positions, segment_ids, cache, branched, rngs=rngs)

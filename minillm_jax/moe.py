@@ -1,16 +1,20 @@
-"""Mixture of experts without dropped tokens: route, sort by expert, one grouped product per projection, combine.
+"""Mixture of experts: route, sort by expert, one grouped product per projection, combine.
 
 Router logits go in, each token's experts and weights come out; tokens and weights go in, outputs come out. The
-balancing loss is returned per token, never stored on the side.
+balancing loss is returned per token, never stored on the side. No token is dropped unless a capacity is asked for.
+Everything here is the layer of one device; `expert_parallel` runs it on a mesh.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from minillm_jax.cache import BRANCH
 from minillm_jax.config import ModelConfig
@@ -27,12 +31,14 @@ class Routing:
         weights: `[M, k]` float32 weights of their outputs.
         scores: `[M, E]` float32 scores of all experts, normalised to sum to one.
         logits: `[M, E]` float32 router logits.
+        kept: `[M, k]` which assignments their expert has room for; None if all.
     """
 
     experts: jax.Array
     weights: jax.Array
     scores: jax.Array
     logits: jax.Array
+    kept: jax.Array | None = None
 
 
 def route(logits: jax.Array, config: ModelConfig) -> Routing:
@@ -48,6 +54,55 @@ def route(logits: jax.Array, config: ModelConfig) -> Routing:
     if config.norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
     return Routing(experts, weights, shares, logits)
+
+
+def expert_capacities(length: int, config: ModelConfig) -> np.ndarray | None:
+    """Assignments that one expert takes from a row, by the row's number n of tokens: `ceil(factor * n * k / E)`.
+
+    Args:
+        length: of a row, T.
+        config: its `expert_capacity_factor`.
+
+    Returns:
+        `[T + 1]` int32, or None where there is no limit.
+    """
+    if config.expert_capacity_factor is None:
+        return None
+    even = np.arange(length + 1) * config.num_experts_per_tok / config.num_experts
+    # 1.1 * 50 is a little more than 55; such a remainder is no reason for one place more.
+    return np.ceil(np.round(config.expert_capacity_factor * even, 6)).astype(np.int32)
+
+
+def limit_to_capacity(
+    routing: Routing, segment_ids: jax.Array, config: ModelConfig
+) -> tuple[Routing, jax.Array | None]:
+    """Drop what exceeds an expert's capacity (GShard, arXiv:2006.16668; Switch, arXiv:2101.03961).
+
+    GShard's groups are the rows of the batch here: a row is never split over devices or micro-batches, so what is
+    dropped depends on neither. Earlier tokens come first, so that a token never pushes out one before it. Padding
+    takes no place and is not sent anywhere.
+
+    Args:
+        routing: of the M = B * T tokens of a batch.
+        segment_ids: `[B, T]`; padding is 0.
+        config: the factor; with None for it everything stays as it is.
+
+    Returns:
+        The routing with `kept`, and the share of assignments that were dropped; None if there is no limit.
+    """
+    batch, length = segment_ids.shape
+    capacities = expert_capacities(length, config)
+    if capacities is None:
+        return routing, None
+    real = segment_ids > 0
+    experts = routing.experts.reshape(batch, length, -1)
+    chosen = jax.nn.one_hot(experts, config.num_experts, dtype=jnp.int32).sum(2) * real[..., None]  # [B, T, E]
+    before = jnp.cumsum(chosen, axis=1) - chosen
+    place = jnp.take_along_axis(before, experts, axis=2)  # [B, T, k]
+    capacity = jnp.asarray(capacities)[real.sum(1)]  # [B]
+    kept = (place < capacity[:, None, None]) & real[..., None]
+    total = jnp.maximum(real.sum() * config.num_experts_per_tok, 1)
+    return dataclasses.replace(routing, kept=kept.reshape(routing.experts.shape)), 1.0 - kept.sum() / total
 
 
 def auxiliary_loss(
@@ -121,6 +176,7 @@ def moe_mlp(
     down: jax.Array,
     routing: Routing,
     adapters: tuple[LowRank | None, ...] = (None, None, None),
+    most: int | None = None,
 ) -> jax.Array:
     """Send tokens through their experts' SwiGLU layers and sum the weighted results.
 
@@ -129,47 +185,121 @@ def moe_mlp(
         gate: `[E, D, F]`.
         up: `[E, D, F]`.
         down: `[E, F, D]`.
-        routing: k experts and weights per token.
+        routing: k experts and weights per token; what is not `kept` adds nothing and may name any expert.
         adapters: what is added to the three products.
+        most: upper bound of the assignments kept, which is how many rows are laid out; None for M * k.
 
     Returns:
         `[M, D]` in the dtype of `x`.
     """
     tokens, k = routing.experts.shape
+    sort = sort_by_expert(routing, gate.shape[0])
+    rows = dispatch(x, sort, k, most)
+
+    def adapted(adapter: LowRank, rows: jax.Array, product: Product) -> jax.Array:
+        if adapter.a.ndim == 4:  # [B, E, in, r]: a row of the batch has an adapter of its own
+            place = sort.order[: rows.shape[0]]
+            mine = place // k * adapter.a.shape[0] // tokens, routing.experts.reshape(-1)[place]
+            return LowRank(adapter.a[mine], adapter.b[mine])(rows, rowwise_matmul)
+        return adapter(rows, product)
+
+    all_in_use = routing.kept is None
+    return combine(expert_mlps(rows, (gate, up, down), sort.sizes, adapters, adapted, all_in_use), sort, routing)
+
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+"""Multiplies rows `[R, in]`, expert after expert, by one matrix each of `[E, in, out]`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sorted:
+    """M * k assignments, expert after expert; those that are not kept come last.
+
+    Attributes:
+        order: `[M * k]` assignment in each place.
+        inverse: `[M * k]` place of each assignment.
+        sizes: `[E]` kept assignments of each expert.
+    """
+
+    order: jax.Array
+    inverse: jax.Array
+    sizes: jax.Array
+
+
+def sort_by_expert(routing: Routing, num_experts: int) -> Sorted:
+    """Sort assignments by expert, and by token within one."""
     assigned = routing.experts.reshape(-1)  # [M * k]
+    if routing.kept is not None:
+        assigned = jnp.where(routing.kept.reshape(-1), assigned, num_experts)
     order = jnp.argsort(assigned, stable=True)
-    inverse = jnp.argsort(order)
-    sizes = jnp.bincount(assigned, length=gate.shape[0])
-    rows = _dispatch(x, order, inverse, k)  # [M * k, D], grouped by expert
+    return Sorted(order, jnp.argsort(order), jnp.bincount(assigned, length=num_experts))
+
+
+def dispatch(x: jax.Array, sort: Sorted, k: int, most: int | None = None) -> jax.Array:
+    """Copy tokens `[M, D]` into the first `most` places of the order (all M * k for None): `[most, D]`."""
+    places = sort.order.shape[0]
+    return _dispatch(x, sort.order, sort.inverse, k, places if most is None else min(most, places))
+
+
+def combine(outputs: jax.Array, sort: Sorted, routing: Routing) -> jax.Array:
+    """Sum the outputs `[R, D]` of the first R places over each token's experts, weighted: `[M, D]`."""
+    outputs = _unsort(outputs, sort.order, sort.inverse)
+    if routing.kept is not None:
+        outputs = jnp.where(routing.kept.reshape(-1, 1), outputs, 0)
+    outputs = outputs.reshape(*routing.experts.shape, -1)
+    return jnp.einsum("mkd,mk->md", outputs, routing.weights.astype(outputs.dtype))
+
+
+def expert_mlps(
+    rows: jax.Array,
+    weights: tuple[jax.Array, ...],
+    sizes: jax.Array,
+    adapters: tuple[LowRank | None, ...],
+    adapted: Callable[[LowRank, jax.Array, Product], jax.Array],
+    all_in_use: bool,
+) -> jax.Array:
+    """Run each expert's SwiGLU layer on its rows.
+
+    Args:
+        rows: `[R, D]`, expert after expert.
+        weights: gate and up `[E, D, F]`, and down `[E, F, D]`.
+        sizes: `[E]` rows of each expert.
+        adapters: what is added to the three products.
+        adapted: applies one of them to rows, given the grouped product.
+        all_in_use: whether the sizes sum to R; rows behind them cost no product, and come out as zeros.
+
+    Returns:
+        `[R, D]`.
+    """
+    used = None if all_in_use else (jnp.arange(rows.shape[0]) < sizes.sum())[:, None]
     grouped = functools.partial(grouped_matmul, sizes=sizes)
+
+    def tidy(y: jax.Array) -> jax.Array:  # what a product leaves in rows of no group is anything, both ways
+        return y if used is None else jnp.where(used, y, 0)
 
     def project(rows: jax.Array, weight: jax.Array, adapter: LowRank | None) -> jax.Array:
         y = grouped(rows, weight)
-        if adapter is None:
-            return y
-        if adapter.a.ndim == 4:  # [B, E, in, r]: a row of the batch has an adapter of its own
-            mine = order // k * adapter.a.shape[0] // tokens, assigned[order]
-            return y + LowRank(adapter.a[mine], adapter.b[mine])(rows, rowwise_matmul)
-        return y + adapter(rows, grouped)
+        return tidy(y if adapter is None else y + adapted(adapter, rows, grouped))
 
-    hidden = jax.nn.silu(project(rows, gate, adapters[0])) * project(rows, up, adapters[1])
-    outputs = _unsort(project(hidden, down, adapters[2]), order, inverse)
-    outputs = outputs.reshape(tokens, k, -1)
-    return jnp.einsum("mkd,mk->md", outputs, routing.weights.astype(x.dtype))
+    rows = tidy(rows)
+    hidden = jax.nn.silu(project(rows, weights[0], adapters[0])) * project(rows, weights[1], adapters[1])
+    return project(hidden, weights[2], adapters[2])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dispatch(x: jax.Array, order: jax.Array, inverse: jax.Array, k: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _dispatch(x: jax.Array, order: jax.Array, inverse: jax.Array, k: int, most: int) -> jax.Array:
     """Copy each token k times, in sorted order. Its transpose is a gather as well, which a derived scatter is not."""
-    return x[order // k]
+    return x[order[:most] // k]
 
 
-def _dispatch_fwd(x: jax.Array, order: jax.Array, inverse: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    return x[order // k], inverse
+def _dispatch_fwd(x: jax.Array, order: jax.Array, inverse: jax.Array, k: int, most: int) -> tuple[jax.Array, jax.Array]:
+    return x[order[:most] // k], inverse
 
 
-def _dispatch_bwd(k: int, inverse: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None]:
-    return g[inverse].reshape(-1, k, g.shape[-1]).sum(1), None, None
+def _dispatch_bwd(k: int, most: int, inverse: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None]:
+    copies = g[inverse] if most == inverse.shape[0] else g.at[inverse].get(mode="fill", fill_value=0)
+    return copies.reshape(-1, k, g.shape[-1]).sum(1), None, None
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -177,11 +307,11 @@ _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 @jax.custom_vjp
 def _unsort(y: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    return y[inverse]
+    return y.at[inverse].get(mode="clip") if y.shape[0] < inverse.shape[0] else y[inverse]
 
 
 def _unsort_fwd(y: jax.Array, order: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return y[inverse], order
+    return _unsort(y, order, inverse), order[: y.shape[0]]
 
 
 def _unsort_bwd(order: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None]:

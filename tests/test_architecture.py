@@ -23,7 +23,7 @@ RANK = [
     "attention_xla",
     "attention_kernels",
     "attention moe",
-    "slots",
+    "slots expert_parallel",
     "model",
     "losses optim sampling metrics reward quantize",
     "lora checkpoint_files sampler distillation hf_tensors",

@@ -155,6 +155,7 @@ CHANGES = {
     "router_aux_loss_coef": 0.5,
     "router_aux_loss_scope": "batch",
     "router_z_loss_coef": 0.5,
+    "expert_capacity_factor": 0.5,
 }
 
 
