@@ -46,7 +46,7 @@ class DecodeBenchmark:
     temperature: float = 1.0
     """Of the sampling; 0 takes the likeliest token."""
     weights: Literal["float32", "bfloat16"] = "float32"
-    """Dtype that parameters are stored in: float32 as training leaves them, bfloat16 as many Hugging Face folders do."""
+    """Dtype that parameters are stored in: float32 as training leaves them, bfloat16 as in many foreign folders."""
     append: str | None = None
     """File that the lines are appended to as well."""
     compute: ComputeConfig = ComputeConfig()

@@ -73,7 +73,9 @@ def measure(config: RolloutBenchmark) -> dict[str, Any]:
             rows_at_once=rows_at_once, seed=(0,), compute=config.compute,
         )  # fmt: skip
         if rollout.tokens != count * config.max_new_tokens:
-            raise ConfigError(f"{count} completions have {rollout.tokens} tokens instead of {config.max_new_tokens} each")
+            raise ConfigError(
+                f"{count} completions have {rollout.tokens} tokens instead of {config.max_new_tokens} each"
+            )
 
     seconds = spread("seconds", timed(lambda: draw(config.completions, config.completions), config.rounds))
     rate = config.completions * config.max_new_tokens / seconds["seconds_median"]
