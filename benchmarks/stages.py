@@ -84,8 +84,8 @@ SIZES = {
     "tiny": Size(
         shape=flags(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
         student=flags(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1),
-        rows=flags(batch_size=4, max_seq_len=64),
-        rl=flags(batch_size=4, max_seq_len=48, max_new_tokens=8),
+        rows=flags(batch_size=4, max_seq_len=96),
+        rl=flags(batch_size=4, max_seq_len=96, max_new_tokens=8),
         steps=6, rl_steps=3, vocab_size=512, documents=60_000, conversations=200, pairs=60, prompts=60,
     ),
 }  # fmt: skip

@@ -231,7 +231,7 @@ def test_a_stage_that_fails_is_a_line_and_curves_that_part_are_not_ok(monkeypatc
     lines = list(stages.all_lines(config))
     assert [line["ok"] for line in lines] == [False, False, True] and "no data" in lines[1]["failed"]
     text = summary.summary(lines)
-    assert "| pretrain | loss | 2 | 6.325% | 12.649% | 1.0 | 1.0 | **no** |" in text and "| sft | – |" in text
+    assert "| pretrain | loss | 2 | 6.325% | 12.650% | 1.0 | 1.0 | **no** |" in text and "| sft | – |" in text
     stages.draw(lines, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
