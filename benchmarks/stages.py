@@ -186,6 +186,7 @@ def run_main(module: str, words: Sequence[str]) -> None:
 
     Raises:
         ConfigError: it ended with another status than 0.
+        KeyboardInterrupt: a signal ended it, which stages answer by saving and a status of 128 plus its number.
     """
     note(f"$ python -m {module} {' '.join(words)}")
     before, sys.argv = sys.argv, [module, *words]
@@ -195,6 +196,8 @@ def run_main(module: str, words: Sequence[str]) -> None:
         status = end.code
     finally:
         sys.argv = before
+    if isinstance(status, int) and status > 128:
+        raise KeyboardInterrupt
     if status:
         raise ConfigError(f"{module} ended with status {status}; see above")
 

@@ -236,6 +236,15 @@ def test_a_stage_that_fails_is_a_line_and_curves_that_part_are_not_ok(monkeypatc
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize(("status", "error"), [(2, ConfigError), (130, KeyboardInterrupt)])
+def test_a_stage_that_a_signal_ended_ends_all(monkeypatch, status, error):
+    words = list(sys.argv)
+    monkeypatch.setitem(sys.modules, "a_stage", SimpleNamespace(main=lambda: sys.exit(status)))
+    with pytest.raises(error):
+        stages.run_main("a_stage", ["--flag"])
+    assert sys.argv == words
+
+
 def test_the_script_says_what_failed_and_that_it_ran_out_of_time(tmp_path):
     words = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--dry", "--out", str(tmp_path / "out")]
     fake = tmp_path / "python"
@@ -247,7 +256,7 @@ def test_the_script_says_what_failed_and_that_it_ran_out_of_time(tmp_path):
     env = {"PATH": "/usr/bin:/bin", "PYTHON": str(fake), "BUDGET": "6"}
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "| bang" in done.stdout
-    report = done.stdout[done.stdout.rindex("kernels  ") :]
+    report = done.stdout[done.stdout.index("parts:") :]
     states = {line.split()[0]: line for line in report.splitlines() if line.strip()}
     assert states["kernels"].endswith("ok") and states["stages"].endswith("FAILED with status 3")
     assert "cut off after" in states["train"] and "not run" in states["decode"]
