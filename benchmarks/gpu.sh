@@ -112,7 +112,9 @@ from benchmarks.common import machine; print(json.dumps(machine()))'; then
   bench rollout 45 rollout --completions 256 --prompt_len 64 --max_new_tokens 128 --one_by_one 4
   bench stages 210 stages --out_dir "$OUT/stages"
   if can 'import torch; assert torch.cuda.is_available()'; then
-    bench torch 60 torch_baseline --preset minillm --batch_size 64 --seq_len 512 --steps 20 --warmup 5 --compile
+    peer=(--preset minillm --batch_size 64 --seq_len 512 --steps 20 --warmup 5)
+    bench torch 45 torch_baseline "${peer[@]}"
+    bench torch_compiled 60 torch_baseline "${peer[@]}" --compile
   else
     skip torch "no PyTorch with CUDA here"
   fi
