@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 OUT    ?= out/demo
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow test-browser conformance golden lint types lock clean
+.PHONY: demo test test-slow test-browser conformance golden bench-dry lint types lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m train.demo --out_dir $(OUT)
@@ -28,6 +28,10 @@ conformance: $(VENV)/.conformance
 
 golden: $(VENV)/.conformance
 	for script in tests/golden/make_golden*.py; do $(BIN)/python $$script || exit 1; done
+
+# All that a GPU is to show, on a CPU with tiny shapes; `bash benchmarks/gpu.sh` is the real thing.
+bench-dry: $(VENV)/.installed
+	PYTHON=$(BIN)/python JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax bash benchmarks/gpu.sh --dry --out out/gpu-dry
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

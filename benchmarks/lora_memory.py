@@ -1,6 +1,6 @@
 """Memory of adapter training against full fine-tuning: one JSON line.
 
-    python benchmarks/lora_memory.py --preset minillm --lora_rank 8
+    python -m benchmarks.lora_memory --preset minillm --lora_rank 8
 
 Both are the very steps that `train.sft` compiles, never run: bytes of optimizer state and of gradients are those of the
 arrays that the compiled functions return, and `temporary_bytes` is what XLA plans for the whole step beside its
@@ -9,8 +9,6 @@ arguments. `ratio` is (optimizer state + gradients) of the adapter over that of 
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.common import emit, machine
 from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ComputeConfig, LoraConfig, ModelConfig, OptimConfig, parse_cli
 from minillm_jax.flops import count_params
@@ -84,8 +83,7 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
     held = [row["optimizer_bytes"] + row["gradient_bytes"] for row in (lora, full)]
     return {
         "name": "lora_memory",
-        "hardware": f"{jax.devices()[0].device_kind} {platform.machine()}",
-        "jax": jax.__version__,
+        **machine(),
         "preset": config.preset,
         "parameters": count_params(config.model),
         "batch_size": config.batch_size,
@@ -105,7 +103,7 @@ def main() -> int:
     with user_errors():
         config = parse_cli(MemoryConfig, str(__doc__))
         setup_jax()
-        print(json.dumps(measure(config)))
+        emit(measure(config))
     return 0
 
 

@@ -8,17 +8,13 @@ line with both times, their ratio, and how many programs each start had to compi
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import jax
-
+from benchmarks.common import emit, machine
 from benchmarks.load import export_random_model, serving
 from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ModelConfig, parse_cli
@@ -70,12 +66,11 @@ def main() -> int:
         folder = Path(temporary)
         export_random_model(config.model, folder / "model")
         first, second = restart(folder / "model", folder)
-        print(json.dumps({
-            "name": "restart", "hardware": f"{jax.devices()[0].device_kind} {platform.machine()}",
-            "cores": os.cpu_count(), "jax": jax.__version__, "preset": config.preset,
+        emit({
+            "name": "restart", **machine(), "preset": config.preset,
             "parameters": count_params(config.model), "first": asdict(first), "second": asdict(second),
             "ratio": round(second.seconds / first.seconds, 3),
-        }))  # fmt: skip
+        })  # fmt: skip
     return 0
 
 

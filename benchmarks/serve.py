@@ -12,9 +12,6 @@ medians over rounds. Prints one JSON line per number of clients and way.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -27,9 +24,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from benchmarks.common import emit, machine
 from benchmarks.load import complete, export_random_model, serving
 from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ConfigError, ModelConfig, parse_cli
@@ -62,6 +59,8 @@ class ServeBenchmark:
     """Rounds of each way."""
     baseline: bool = True
     """Measure `transformers` as well."""
+    append: str | None = None
+    """File that the lines are appended to as well."""
     engine: EngineConfig = EngineConfig()
 
     def prompts(self, clients: int, round_number: int) -> list[list[int]]:
@@ -199,10 +198,9 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def setting(config: ServeBenchmark) -> dict[str, Any]:
     """Return what a line must say for its numbers to mean anything."""
-    packages = ("jax", "transformers", "torch") if config.baseline else ("jax",)
+    packages = ("transformers", "torch") if config.baseline else ()
     return {
-        "name": "serve", "hardware": f"{jax.devices()[0].device_kind} {platform.machine()}", "cores": os.cpu_count(),
-        **{package: version(package) for package in packages}, "preset": config.preset,
+        "name": "serve", **machine(), **{package: version(package) for package in packages}, "preset": config.preset,
         "parameters": count_params(config.model), "weights": config.engine.weights, "slots": config.engine.slots,
         "chunk": config.engine.chunk, "prompt_tokens": config.prompt_tokens, "max_tokens": config.max_tokens,
         "rounds": config.rounds,
@@ -220,7 +218,7 @@ def main() -> int:
         with all_ways(config, lm, Path(temporary)) as ways:
             for clients in config.clients:
                 for line in measure_clients(config, ways, clients):
-                    print(json.dumps(setting(config) | line), flush=True)
+                    emit(setting(config) | line, config.append)
     return 0
 
 

@@ -11,8 +11,6 @@ reasons on stderr, if anything of this does not hold.
 from __future__ import annotations
 
 import asyncio
-import json
-import platform
 import random
 import sys
 import tempfile
@@ -22,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
+from benchmarks.common import emit, machine
 from benchmarks.load import LoadError, Server, complete, export_random_model, open_stream, serving
 from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ConfigError, ModelConfig, parse_cli
@@ -230,12 +228,11 @@ def main() -> int:
         report = soak(config, Path(temporary))
         failures = report.failures(config.max_growth)
         line = {
-            "name": "soak", "hardware": f"{jax.devices()[0].device_kind} {platform.machine()}",
-            "jax": jax.__version__, "preset": config.preset, "parameters": count_params(config.model),
+            "name": "soak", **machine(), "preset": config.preset, "parameters": count_params(config.model),
             "clients": config.clients, "seconds": config.seconds, "slots": config.slots, "context": config.context,
             **asdict(report), "failures": failures,
         }  # fmt: skip
-        print(json.dumps(line))
+        emit(line)
         for failure in failures:
             print(failure, file=sys.stderr)
         return int(bool(failures))

@@ -1,25 +1,24 @@
-"""The peer to beat: the same dense model and training step in plain PyTorch, float32.
+"""The peer to beat: the same dense model and training step in plain PyTorch.
 
 A preset's shapes go in; one JSON line with seconds per step and tokens per second comes out. It is written the way
-a careful PyTorch user would write it (fused attention, fused AdamW, optional torch.compile), because a weak peer
-would make our own numbers worthless. torch is the optional extra `bench`.
+a careful PyTorch user would write it (fused attention, fused AdamW, autocast to bfloat16 on a GPU, optional
+torch.compile), because a weak peer would make our own numbers worthless. torch is the optional extra `bench`.
 
-    python benchmarks/torch_baseline.py --preset minillm --batch_size 8 --seq_len 512
+    python -m benchmarks.torch_baseline --preset minillm --batch_size 8 --seq_len 512
 """
 
 from __future__ import annotations
 
-import json
+import os
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import tyro
 
+from benchmarks.common import cpu_name, digits, emit, spread, timed
 from minillm_jax.config import PRESETS, ConfigError, ModelConfig, OptimConfig
 
 try:
@@ -46,8 +45,12 @@ class BaselineConfig:
     """Steps before the clock starts."""
     compile: bool = False
     """Compile model and loss with torch.compile."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of activations, as in our own ComputeConfig: auto is float32 on CPU, and autocast to bfloat16 on a GPU."""
     threads: int | None = None
     """Threads inside one operation; None leaves PyTorch's own choice."""
+    append: str | None = None
+    """File that the line is appended to as well."""
 
 
 def rotary_table(config: ModelConfig, seq_len: int) -> tuple[Tensor, Tensor]:
@@ -138,10 +141,13 @@ class Transformer(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def make_step(model: nn.Module, optim: OptimConfig) -> Callable[[Tensor, Tensor], float]:
+def make_step(
+    model: nn.Module, optim: OptimConfig, autocast: bool, device: torch.device
+) -> Callable[[Tensor, Tensor], float]:
     """Build one optimizer step: forward, backward, clip by global norm, AdamW with matrices decayed.
 
-    The returned function takes tokens and targets, both [B, T], and returns the loss.
+    With `autocast` the forward pass computes in bfloat16 where PyTorch holds that safe; weights stay float32. The
+    returned function takes tokens and targets, both [B, T], and returns the loss.
     """
     params = list(model.parameters())
     decayed = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
@@ -153,7 +159,8 @@ def make_step(model: nn.Module, optim: OptimConfig) -> Callable[[Tensor, Tensor]
     )
 
     def step(tokens: Tensor, targets: Tensor) -> float:
-        loss = model(tokens, targets)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = model(tokens, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(params, optim.grad_clip)
         optimizer.step()
@@ -161,13 +168,6 @@ def make_step(model: nn.Module, optim: OptimConfig) -> Callable[[Tensor, Tensor]
         return loss.item()  # waits for the device, so the clock sees whole steps
 
     return step
-
-
-def cpu_name() -> str:
-    """The processor's marketing name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -183,30 +183,28 @@ def main() -> None:
     config = PRESETS[args.preset]
     model: nn.Module = Transformer(config, args.seq_len).to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    step = make_step(torch.compile(model) if args.compile else model, OptimConfig())
+    autocast = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    step = make_step(torch.compile(model) if args.compile else model, OptimConfig(), autocast, device)
     ids = torch.randint(config.vocab_size, (args.batch_size, args.seq_len + 1), device=device)
-    seconds: list[float] = []
-    for _ in range(args.warmup + args.steps):
-        start = time.perf_counter()
-        step(ids[:, :-1], ids[:, 1:])
-        seconds.append(time.perf_counter() - start)
-    seconds = seconds[args.warmup :]
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    seconds = spread("step_seconds", timed(lambda: step(ids[:, :-1], ids[:, 1:]), args.steps, args.warmup))
     result = {
         "name": "torch_baseline",
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "compiled": args.compile,
+        "dtype": "bfloat16" if autocast else "float32",
         "preset": args.preset,
         "batch_size": args.batch_size,
         "seq_len": args.seq_len,
         "parameters": parameters,
-        "step_seconds_median": round(median, 4),
-        "step_seconds_iqr": round(high - low, 4),
-        "tokens_per_second": round(args.batch_size * args.seq_len / median, 1),
+        **seconds,
+        "steps": args.steps,
+        "tokens_per_second": digits(args.batch_size * args.seq_len / seconds["step_seconds_median"]),
     }
-    print(json.dumps(result))
+    emit(result, args.append)
 
 
 if __name__ == "__main__":

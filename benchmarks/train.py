@@ -1,16 +1,14 @@
-"""Training throughput of a preset: one JSON line with seconds per step, tokens per second and MFU.
+"""Training throughput of a preset: one JSON line with seconds per step, tokens per second and what limits them.
 
-    python benchmarks/train.py --preset minillm --batch_size 8 --max_seq_len 512
+    python -m benchmarks.train --preset minillm --batch_size 8 --max_seq_len 512
 
 It times the very step that the stages run (`trainer.make_train_step`, AdamW, clipping, donated state) on rows of
-random tokens that are already on the device. `benchmarks/torch_baseline.py` measures the same step in plain PyTorch.
+random tokens that are already on the device. FLOPs and bytes are counted in `benchmarks/roofline.py`; `mfu` is FLOPs
+alone over the device's peak. `benchmarks/torch_baseline.py` measures the same step in plain PyTorch.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -19,9 +17,11 @@ from functools import partial
 import jax
 import numpy as np
 
+from benchmarks.common import digits, emit, machine, peak_memory_gib, spread, timed
+from benchmarks.roofline import against, roofline, train_work
 from minillm_jax.cli import setup_jax, user_errors
-from minillm_jax.config import ComputeConfig, ModelConfig, OptimConfig, parse_cli
-from minillm_jax.flops import count_params, flops_per_token, peak_flops
+from minillm_jax.config import ComputeConfig, ConfigError, ModelConfig, OptimConfig, parse_cli
+from minillm_jax.flops import count_params, flops_per_token
 from minillm_jax.losses import language_model_loss
 from minillm_jax.model import compute_dtype, init_params
 from minillm_jax.optim import make_optimizer, make_schedule
@@ -43,8 +43,15 @@ class BenchmarkConfig:
     """Timed steps."""
     warmup: int = 2
     """Steps before the clock starts."""
+    append: str | None = None
+    """File that the line is appended to as well."""
     optim: OptimConfig = OptimConfig()
     compute: ComputeConfig = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        if min(self.batch_size, self.max_seq_len, self.steps) < 1 or self.warmup < 0:
+            raise ConfigError("--batch_size, --max_seq_len and --steps must be at least 1, --warmup at least 0")
 
 
 def random_batch(config: BenchmarkConfig) -> dict[str, np.ndarray]:
@@ -62,42 +69,43 @@ def random_batch(config: BenchmarkConfig) -> dict[str, np.ndarray]:
 
 def measure(config: BenchmarkConfig) -> dict[str, object]:
     """Time the training step."""
-    schedule = make_schedule(config.optim, 1000)
-    params = jax.jit(partial(init_params, config.model))(jax.random.key(0))
+    model, schedule = config.model, make_schedule(config.optim, 1000)
+    params = jax.jit(partial(init_params, model))(jax.random.key(0))
     optimizer = make_optimizer(config.optim, 1000, params)
     state = jax.jit(lambda p: init_state(p, optimizer, 0), donate_argnums=0)(params)
-    step = make_train_step(language_model_loss(config.model, config.compute), optimizer, schedule)
+    step = make_train_step(language_model_loss(model, config.compute), optimizer, schedule)
     batch = jax.device_put(random_batch(config))
     began = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(state, None, batch).compile()
     compile_seconds = time.perf_counter() - began
-    seconds = []
-    for _ in range(config.warmup + config.steps):
-        began = time.perf_counter()
+    loss = 0.0
+
+    def run() -> None:
+        nonlocal state, loss
         state, metrics = compiled(state, None, batch)
         loss = float(metrics["loss"])
-        seconds.append(time.perf_counter() - began)
-    timed = seconds[config.warmup :]
-    median = statistics.median(timed)
-    quartiles = statistics.quantiles(timed, n=4) if len(timed) > 1 else [median] * 3
-    tokens_per_second = config.batch_size * config.max_seq_len / median
-    peak = peak_flops(jax.devices()[0])
-    flops = flops_per_token(config.model, config.max_seq_len)
+
+    seconds = spread("step_seconds", timed(run, config.steps, config.warmup))
+    dtype = np.dtype(compute_dtype(config.compute))
+    work = train_work(model, config.batch_size, config.max_seq_len, dtype.itemsize)
+    peaks, median = roofline(jax.devices()[0]), seconds["step_seconds_median"]
     return {
         "name": "train",
-        "hardware": f"{jax.devices()[0].device_kind} {platform.machine()}",
-        "jax": jax.__version__,
-        "dtype": np.dtype(compute_dtype(config.compute)).name,
+        **machine(),
+        "dtype": dtype.name,
         "preset": config.preset,
         "batch_size": config.batch_size,
         "seq_len": config.max_seq_len,
-        "parameters": count_params(config.model),
-        "step_seconds_median": round(median, 4),
-        "step_seconds_iqr": round(quartiles[2] - quartiles[0], 4),
+        "parameters": count_params(model),
+        "active_parameters": count_params(model, active=True),
+        **seconds,
+        "steps": config.steps,
         "compile_seconds": round(compile_seconds, 2),
-        "tokens_per_second": round(tokens_per_second, 1),
-        "flops_per_token": flops,
-        "mfu": None if peak is None else round(tokens_per_second * flops / peak, 4),
+        "tokens_per_second": digits(config.batch_size * config.max_seq_len / median),
+        "flops_per_token": flops_per_token(model, config.max_seq_len),
+        **against(work, median, peaks),
+        "mfu": None if peaks is None else round(work.flops / median / peaks.flops, 4),
+        "peak_memory_gib": peak_memory_gib(),
         "loss": round(loss, 4),
     }
 
@@ -107,7 +115,7 @@ def main() -> int:
     with user_errors():
         config = parse_cli(BenchmarkConfig, str(__doc__))
         setup_jax()
-        print(json.dumps(measure(config)))
+        emit(measure(config), config.append)
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from minillm_jax.config import ModelConfig
@@ -33,6 +34,11 @@ def _layer_params(config: ModelConfig, active: bool) -> tuple[int, int]:
     else:
         matrices += 3 * hidden * config.mlp_size
     return matrices, vectors
+
+
+def matrix_params(config: ModelConfig) -> int:
+    """Count the parameters of one layer that multiply a token: all projections, of the experts those it visits."""
+    return _layer_params(config, active=True)[0]
 
 
 def count_params(config: ModelConfig, active: bool = False) -> int:
@@ -60,7 +66,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, frozen: bool = False) 
         seq_len: tokens T per row.
         frozen: the weights are not trained (an adapter is): their own gradients, 2 P of the 6, are never computed.
     """
-    matrices, _ = _layer_params(config, active=True)
+    matrices = matrix_params(config)
     head = config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_size * seq_len
     return (4.0 if frozen else 6.0) * (config.num_hidden_layers * matrices + head) + 12.0 * attention
@@ -111,11 +117,16 @@ def peak_flops(device: jax.Device) -> float | None:
     """
     if device.platform == "cpu":
         return _measured_cpu_flops()
+    return find_device(device, PEAK_BF16_FLOPS)
+
+
+def find_device(device: jax.Device, table: Sequence[tuple[str, float]]) -> float | None:
+    """Look a device up by its `device_kind` in a table of (name, value), more specific names first; None if absent."""
     # Whole words, so that "A100" is found in "NVIDIA A100-SXM4-80GB" but "L4" is not found in "NVIDIA L40S".
     words = set(device.device_kind.lower().replace("-", " ").split())
     if "laptop" in words:  # shares the desktop card's name, not its speed
         return None
-    return next((flops for name, flops in PEAK_BF16_FLOPS if words.issuperset(name.lower().split())), None)
+    return next((value for name, value in table if words.issuperset(name.lower().split())), None)
 
 
 @functools.cache
