@@ -27,19 +27,17 @@ import numpy as np
 
 from benchmarks.common import digits, emit, machine, note, timed
 from benchmarks.roofline import Work, against, roofline
-from minillm_jax import attention as attention_module
-from minillm_jax.attention import attention
+from minillm_jax import attention, matmul
 from minillm_jax.cache import BRANCH
 from minillm_jax.cli import setup_jax, user_errors
 from minillm_jax.config import ConfigError, parse_cli
-from minillm_jax.matmul import grouped_matmul
 
-ATTENTION = ("auto", *getattr(attention_module, "IMPLEMENTATIONS", ("xla",)))
+ATTENTION = ("auto", *attention.IMPLEMENTATIONS)
 """Names of the library's attention implementations."""
 ALWAYS = ("auto", "xla")
 """Implementations that must take every case; others may refuse some with a ValueError."""
-GROUPED: dict[str, Callable[..., jax.Array]] = {"auto": grouped_matmul}
-"""The library's implementations of the grouped product."""
+GROUPED = ("auto", *matmul.IMPLEMENTATIONS)
+"""Names of the library's implementations of the grouped product."""
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0 * 2.0**-8}
 """Largest relative error of a result; of a gradient, four times as much."""
 
@@ -223,7 +221,9 @@ def attention_problem(config: KernelBenchmark, case: Case) -> Problem:
     masks = {name: jnp.asarray(mask) for name, mask in case.masks.items()}
 
     def run(impl: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention(q, k, v, **masks, causal_layout=case.causal_layout, impl=impl)
+        return attention.attention(
+            q, k, v, **masks, causal_layout=case.causal_layout, branched=case.branched, impl=impl
+        )
 
     return Problem(
         fields={"operation": "attention", "case": case.name},
@@ -245,7 +245,7 @@ def grouped_problem(config: KernelBenchmark, name: str, sizes: Sequence[int]) ->
         inputs=(x, w / np.float32(np.sqrt(config.hidden))),
         cotangent=cotangent,
         definition=partial(grouped_by_definition, sizes),
-        implementations={impl: lambda x, w, f=function: f(x, w, held) for impl, function in GROUPED.items()},
+        implementations={impl: partial(matmul.grouped_matmul, sizes=held, impl=impl) for impl in GROUPED},
         flops=2.0 * config.rows * config.hidden * config.width,
     )
 

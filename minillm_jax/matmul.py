@@ -80,10 +80,11 @@ def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, impl: str = "au
     if impl == "ragged_dot":
         return jax.lax.ragged_dot(x, w, sizes.astype(jnp.int32))
     if impl not in KERNELS:
-        raise ValueError(f"the grouped product {impl!r} is unknown; choose auto, blocked, ragged_dot or {KERNELS}")
+        raise ValueError(f"the grouped product {impl!r} is unknown; choose auto or {', '.join(IMPLEMENTATIONS)}")
     return matmul_kernels.run(impl, x, w, sizes.astype(jnp.int32))
 
 
+IMPLEMENTATIONS = ("blocked", "ragged_dot", *KERNELS)
 PREFERRED = {"cpu": ("blocked",), "gpu": ("tokamax", "triton"), "tpu": ("megablox",)}
 """What `auto` tries before `ragged_dot`, which XLA expands to E times the work on CPU and GPU."""
 SMALLEST = 128
