@@ -131,6 +131,18 @@ def on_mesh_of(tree: Any) -> AbstractContextManager[Any]:
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def replicate_rest(tree: Any) -> Any:
+    """Put those arrays of a tree on every device of its mesh that do not lie on it yet; without a mesh, do nothing."""
+    if (mesh := mesh_of(tree)) is None:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: jax.Array) -> jax.Array:
+        return leaf if mesh_of(leaf) is not None else jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, tree)
+
+
 def optimizer_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, params: Any, param_shardings: Any) -> Any:
     """Shardings of the optimizer state: moments lie where their parameter lies, counters everywhere.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from minillm_jax.attention import MASKED
 from minillm_jax.config import ModelConfig
+from minillm_jax.sharding import constrain
 
 BLOCK = 128
 """Stored keys of one iteration of attention: few enough that a short row reads little, enough for a good product."""
@@ -135,7 +136,10 @@ def _accumulate(partial: _Partial, q: jax.Array, k: jax.Array, v: jax.Array, vis
 
 
 def init_slots(config: ModelConfig, slots: int, length: int, dtype: jnp.dtype | type = jnp.float32) -> SlotCache:
-    """Make an empty cache of `slots` rows with room for `length` tokens each, rounded up to whole blocks."""
+    """Make an empty cache of `slots` rows with room for `length` tokens each, rounded up to whole blocks.
+
+    On a mesh heads are split; every data-parallel device holds all slots, since any row may be read by any.
+    """
     groups, size = config.num_key_value_heads, config.head_size
     return SlotCache(*_zeros(config.num_hidden_layers, slots, groups, -(-length // BLOCK) * BLOCK, size, dtype))
 
@@ -150,7 +154,7 @@ def _zeros(layers: int, rows: int, groups: int, length: int, size: int, dtype: A
     """Keys `[rows, K, H, length]` and values `[rows, K, length, H]` of all layers."""
 
     def arrays(*shape: int) -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+        return tuple(constrain(jnp.zeros(shape, dtype), None, "kv_heads", None, None) for _ in range(layers))
 
     return arrays(rows, groups, size, length), arrays(rows, groups, length, size)
 

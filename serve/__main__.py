@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         listener = listen(options.host, options.port)
         set_up_logs()
         setup_jax()
-        lm = load(options.model_path)
+        lm = load(options.model_path, mesh=options.mesh)
         if is_reward_model(lm.params):
             raise ConfigError(f"--model_path {options.model_path}: is a reward model; it scores texts and writes none")
         adapters = {name: load_adapter(folder, lm.config) for name, folder in folders.items()}

@@ -54,6 +54,8 @@ class ServeConfig:
     """Port to listen on; 0 takes a free one."""
     served_model_name: str | None = None
     """Name that requests give the model; None takes the folder's."""
+    mesh: str | None = None
+    """Device mesh that the model is spread over, such as tensor=4; -1 fills an axis. None is the first device."""
     adapters: tuple[str, ...] = ()
     """Adapters to serve beside the model, each as NAME=RUN; requests name them as their model."""
     api_key_file: str | None = None

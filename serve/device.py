@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.decoding import choose, forward_slots, unembed_slots
 from minillm_jax.model import Params, compute_dtype
 from minillm_jax.sampling import Penalties, SamplingArrays, penalize, sample
+from minillm_jax.sharding import mesh_of, on_mesh_of
 from minillm_jax.slots import BLOCK, SlotCache, copy_slot, init_fresh, init_slots, store
 
 TOP = 20
@@ -346,18 +348,24 @@ class Device:
         self.config, self.params, self.slots, self.chunk = config, params, slots, chunk
         self.pieces, self.batches = tuple(pieces), tuple(batches)
         compute = ComputeConfig()
-        self._state = jax.jit(init_state, static_argnums=(0, 1, 2, 3))(config, slots, length, compute_dtype(compute))
-        self._allowed = {b: jax.device_put(np.ones((b, config.vocab_size), bool)) for b in batches}
+        self._mesh = mesh_of(params)
+        with on_mesh_of(params):
+            make = jax.jit(init_state, static_argnums=(0, 1, 2, 3))
+            self._state = make(config, slots, length, compute_dtype(compute))
+        everything = {b: np.ones((b, config.vocab_size), bool) for b in batches}
+        # On a mesh the programs say where it lies, and moving what lies elsewhere would be compiled at the first call.
+        self._allowed = everything if self._mesh is not None else jax.device_put(everything)
         read = functools.partial(read_piece, config=config, compute=compute)
         draw = functools.partial(
             decode, config=config, compute=compute, chunk=chunk, eos_token_ids=tuple(eos_token_ids)
         )
-        lowered = {("read", p): self._lower(read, 1, *self._piece_arguments(p)) for p in pieces}
-        lowered |= {("decode", b): self._lower(draw, 1, *self._decode_arguments(b)) for b in batches}
         zero = np.zeros((), np.int32)
         row = np.zeros(config.vocab_size)
-        lowered[("set", 0)] = self._lower(set_row, 0, self._state, zero, row.astype(bool), row.astype(np.float32))
-        lowered[("copy", 0)] = self._lower(copy_row, 0, self._state, zero, zero)
+        with on_mesh_of(params):
+            lowered = {("read", p): self._lower(read, 1, *self._piece_arguments(p)) for p in pieces}
+            lowered |= {("decode", b): self._lower(draw, 1, *self._decode_arguments(b)) for b in batches}
+            lowered[("set", 0)] = self._lower(set_row, 0, self._state, zero, row.astype(bool), row.astype(np.float32))
+            lowered[("copy", 0)] = self._lower(copy_row, 0, self._state, zero, zero)
         with ThreadPoolExecutor(2) as pool:
             compiled = pool.map(lambda name: lowered[name].compile(_options(*name)), lowered)
             self._programs: dict[tuple[str, int], Any] = dict(zip(lowered, compiled, strict=True))
@@ -389,7 +397,12 @@ class Device:
         self._state = self._programs[("copy", 0)](self._state, np.int32(source), np.int32(target))
 
     def _lower(self, function: Callable[..., Any], donated: int, *arguments: Any) -> Any:
-        return jax.jit(function, donate_argnums=donated).lower(*arguments)
+        """Lower a program whose state comes out as it went in; what else it returns lies on every device of a mesh."""
+        if self._mesh is None:
+            return jax.jit(function, donate_argnums=donated).lower(*arguments)
+        state = jax.tree.map(lambda leaf: leaf.sharding, self._state)
+        out = state if donated == 0 else (state, NamedSharding(self._mesh, PartitionSpec()))
+        return jax.jit(function, donate_argnums=donated, out_shardings=out).lower(*arguments)
 
     def _piece_arguments(self, size: int) -> tuple[Any, ...]:
         zero, tokens = np.zeros((), np.int32), np.zeros(size, np.int32)

@@ -21,6 +21,7 @@ from minillm_jax.decoding import split_layers
 from minillm_jax.lm import LanguageModel
 from minillm_jax.lora import Adapter, lay_beside
 from minillm_jax.quantize import quantize
+from minillm_jax.sharding import replicate_rest
 from serve.compilations import compilations_here
 from serve.device import Chunk, Device, Logprobs, Piece, Rows, filler_rows
 from serve.live import HostLogprobs, Live
@@ -233,7 +234,7 @@ class Engine:
         if config.weights == "int8":
             params = jax.jit(quantize)(params)
         if self._adapters:
-            params = lay_beside(params, list(self._adapters.values()))
+            params = replicate_rest(lay_beside(params, list(self._adapters.values())))
         return Device(
             self._lm.config, split_layers(params, self._lm.config), sorted(self._ends), slots=config.slots,
             length=self._context + max(largest, config.chunk), chunk=config.chunk, pieces=pieces, batches=batches,

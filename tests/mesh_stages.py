@@ -137,6 +137,8 @@ def run_stage(folder, out_dir, mesh, run, *flags):
     stage, data, settings = RUNS[name]
     settings = [flag.format(folder.joinpath(*moe)) for flag in settings]
     settings = [flag.replace("moe/tokenizer", "tokenizer") for flag in settings]
+    if moe and "--lora_dropout" in settings:  # devices that hold experts draw masks of their own
+        settings[settings.index("--lora_dropout") + 1] = "0"
     if moe and "--tokenizer_path" in settings:
         settings += ["--use_moe", "--num_experts", "4", "--moe_intermediate_size", "24"]
     paths = ["--data_path", str(folder / f"{data}.jsonl"), "--out_dir", str(out_dir), "--mesh", mesh]

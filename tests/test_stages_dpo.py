@@ -97,6 +97,8 @@ def test_eight_devices_measure_what_one_does(corpus, tmp_path):
     spread = command(corpus, "dpo", tmp_path / "mesh", "--mesh", "data=2,fsdp=2,tensor=2", *flags)
     finished(execute(corpus, spread, timeout=800, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
     for ours, theirs in zip(measured(tmp_path / "mesh"), measured(tmp_path / "alone"), strict=True):
+        if ours["step"] == 1:  # policy and reference are the same: rounding alone says which margins are positive
+            del ours["accuracy"], theirs["accuracy"]
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
     assert measured(tmp_path / "alone")[0]["router_loss"] > 0
 
