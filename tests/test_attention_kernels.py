@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from minillm_jax import attention as chooser
 from minillm_jax import attention_kernels, kernels, matmul, matmul_kernels
@@ -250,8 +251,10 @@ def test_grouped_kernels_and_their_gradients_equal_ragged_dot(impl, sizes):
 def test_the_triton_kernels_lower_for_nvidia_gpus():
     shapes = [((512, 64), jnp.bfloat16), ((4, 64, 96), jnp.bfloat16), ((4,), jnp.int32)]
     loss = lambda x, w, sizes: matmul_kernels.run("triton", x, w, sizes).astype(jnp.float32).sum()
-    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*(jax.ShapeDtypeStruct(*s) for s in shapes))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert {"grouped_matmul_transposed", "grouped_matmul_weights"} <= set(re.findall(r"grouped_matmul\w*", text))
 
 
