@@ -55,6 +55,8 @@ def forward_slots(
     lengths: jax.Array,
     index: jax.Array,
     blocks: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     compute: ComputeConfig = ComputeConfig(),
 ) -> tuple[jax.Array, Fresh]:
     """Run the transformer up to its final norm on tokens that follow what slots hold.
@@ -69,20 +71,23 @@ def forward_slots(
         lengths: `[B]` stored tokens of each row.
         index: scalar.
         blocks: scalar, blocks of `slots.BLOCK` tokens that cover the longest row.
+        positions: `[B, T]`; None counts on from each row's length.
+        segment_ids: `[B, T]`, where the tokens of a row are several texts; see `slots.LayerSlots`.
         compute: dtype of activations.
 
     Returns:
         `[B, T, D]` final hidden states, normalised, and the fresh tokens with these among them.
     """
     batch, length = tokens.shape
-    positions = lengths[:, None] + index + jnp.arange(length)
+    if positions is None:
+        positions = lengths[:, None] + index + jnp.arange(length)
     ones = jnp.ones((batch, length), jnp.int32)
     cos, sin = rope_tables(positions, config)
     shared = Shared(cos, sin, positions, ones, positions, ones, index, branched=False)
     x = params["embed_tokens"]["embedding"][tokens].astype(compute_dtype(compute))
     new_k, new_v = [], []
     for i, layer in enumerate(params["layers"]):
-        slots = LayerSlots(cache.k[i], cache.v[i], fresh.k[i], fresh.v[i], rows, lengths, blocks, index)
+        slots = LayerSlots(cache.k[i], cache.v[i], fresh.k[i], fresh.v[i], rows, lengths, blocks, index, segment_ids)
         x, slots = _layer(layer, x, slots, shared, config=config, compute=compute)
         new_k.append(slots.fresh_k)
         new_v.append(slots.fresh_v)

@@ -67,6 +67,8 @@ class LayerSlots:
         lengths: `[B]` stored tokens of each row.
         blocks: scalar, blocks of stored tokens that the longest row has.
         index: scalar, place in the fresh buffer of the call's first token.
+        segment_ids: `[B, T]`, where the call's tokens are several texts, each of which sees itself alone; what is
+            stored is the beginning of those numbered 1. None: all are.
     """
 
     k: jax.Array
@@ -77,6 +79,7 @@ class LayerSlots:
     lengths: jax.Array
     blocks: jax.Array
     index: jax.Array
+    segment_ids: jax.Array | None = None
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerSlots]:
         """Add T tokens to the fresh ones and let them see their row's stored tokens, the fresh before, and themselves.
@@ -100,7 +103,12 @@ class LayerSlots:
         scaled = (q * (1.0 / math.sqrt(size))).reshape(batch, length, groups, heads // groups, size)
         stacked = scaled.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, size)  # [B, K, G * T, H]
         causal = jnp.arange(fresh_k.shape[3])[None, :] <= self.index + jnp.arange(length)[:, None]  # [T, C]
-        causal = jnp.tile(causal, (heads // groups, 1))[None, None]  # [1, 1, G * T, C]
+        causal, follows = causal[None], jnp.ones((1, length), bool)
+        if self.segment_ids is not None:  # all fresh tokens are of this call
+            causal &= self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+            follows = self.segment_ids == 1
+        causal = jnp.tile(causal, (1, heads // groups, 1))[:, None]  # [B, 1, G * T, C]
+        follows = jnp.tile(follows, (1, heads // groups))[:, None, :, None]  # [B, 1, G * T, 1]
         shape = stacked.shape[:-1]
         partial = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(stacked.shape, jnp.float32))
         partial = _accumulate(partial, stacked, fresh_k, fresh_v, causal)
@@ -115,7 +123,7 @@ class LayerSlots:
 
             keys, values = jax.vmap(cut)(self.rows)
             visible = first + jnp.arange(BLOCK)[None, :] < self.lengths[:, None]  # [B, s]
-            return _accumulate(partial, stacked, keys, values, visible[:, None, None])
+            return _accumulate(partial, stacked, keys, values, visible[:, None, None] & follows)
 
         _, total, out = jax.lax.fori_loop(zero, self.blocks, block, partial)
         y = (out / total[..., None]).astype(q.dtype).reshape(batch, groups, heads // groups, length, size)
@@ -182,6 +190,11 @@ def store(cache: SlotCache, fresh: Fresh, rows: jax.Array, lengths: jax.Array) -
         )
 
     return jax.lax.fori_loop(0, rows.shape[0], move, cache)
+
+
+def shift(fresh: Fresh, first: jax.Array) -> Fresh:
+    """Bring the token at place `first` to the front, and those before it to the back."""
+    return Fresh(tuple(jnp.roll(k, -first, 3) for k in fresh.k), tuple(jnp.roll(v, -first, 2) for v in fresh.v))
 
 
 def copy_slot(cache: SlotCache, source: jax.Array, target: jax.Array) -> SlotCache:

@@ -23,8 +23,10 @@ from minillm_jax.lora import Adapter, lay_beside
 from minillm_jax.quantize import quantize
 from minillm_jax.sharding import replicate_rest
 from serve.compilations import compilations_here
-from serve.device import Chunk, Device, Logprobs, Piece, Rows, filler_rows
+from serve.device import Device
 from serve.live import HostLogprobs, Live
+from serve.prefill import Part, cut, joins
+from serve.programs import SEGMENTS, Chunk, Logprobs, Piece, Rows, filler_rows, segments_of
 from serve.protocol import (
     EngineStats,
     EngineStoppedError,
@@ -38,8 +40,6 @@ from serve.queue import Entry, RequestQueue
 from serve.requests import check_request, seed_words
 from serve.slots import Slots
 
-PADDING = 32
-"""Tokens whose reading takes as long as reading the weights (measured on two cores, with 26 M parameters: 35)."""
 DRAINED = "the engine is shutting down; send requests to another"
 
 
@@ -64,7 +64,7 @@ class EngineConfig:
     weights: Literal["stored", "int8"] = "stored"
     """Keep matrices as they were loaded, or as 8-bit integers with a scale for each output: a quarter of the memory."""
     min_shared_prefix: int = 32
-    """Shortest beginning shared with another conversation's prompt that is copied instead of read."""
+    """Shortest beginning, shared with what a slot holds, that is not read again."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""
@@ -297,17 +297,30 @@ class Engine:
     # --- Reading prompts -----------------------------------------------------------------------------------------
 
     def _read_prompts(self) -> int:
-        """Dispatch pieces of prompts up to a budget, one request after the other; returns how many tokens."""
-        left = self._config.prefill_piece
-        while left > 0:
-            reading = next((live for live in self._live if live.read < len(live.entry.request.token_ids)), None)
-            if reading is None and (reading := self._begin()) is None:
-                break
-            left -= self._read_piece(reading)
+        """Dispatch pieces of prompts up to a budget; returns how many tokens, padding included."""
+        left, parts = self._config.prefill_piece, list[Part]()
+        while left > (gathered := sum(map(len, parts))):
+            live = next((live for live in self._live if live.read < len(live.entry.request.token_ids)), None)
+            if live is None:
+                if (begun := self._begin()) is None:
+                    break
+                live, source = begun
+                if source is not None:  # what is copied may be among the parts
+                    left -= self._read(parts)
+                    self._device.copy_row(source, live.slot.number)
+                    continue
+            if not joins(parts, live, SEGMENTS):
+                left -= self._read(parts)
+                continue
+            part = Part(live, live.read, min(len(live.prompt), live.read + left - gathered))
+            parts.append(part)
+            live.slot.tokens += live.prompt[part.start : part.end]
+            live.read = part.end
+        left -= self._read(parts)
         return self._config.prefill_piece - left
 
-    def _begin(self) -> Live | None:
-        """Give the oldest request that waits a slot."""
+    def _begin(self) -> tuple[Live, int | None] | None:
+        """Give the oldest request that waits a slot, to which that of the returned number must be copied first."""
         if self._slots.used == self._config.slots or (entry := self._queue.pop()) is None:
             return None
         request = entry.request
@@ -315,8 +328,6 @@ class Engine:
         place = self._slots.take(request.token_ids, adapter, reuse=not request.prompt_logprobs and entry.pooled is None)
         assert place is not None
         slot, cached = place.slot, len(place.slot.tokens)
-        if place.source is not None:
-            self._device.copy_row(place.source, slot.number)
         budget = min(request.max_new_tokens, self._context - len(request.token_ids))
         live = Live(entry, slot, budget, adapter=adapter, cached=cached, read=cached)
         if _penalised(request):
@@ -329,29 +340,38 @@ class Engine:
         self._stats["requests"] += 1
         self._stats["prompt_tokens"] += len(request.token_ids)
         self._stats["cached_tokens"] += cached
-        return live
+        return live, place.source
 
-    def _read_piece(self, live: Live) -> int:
-        """Dispatch the next piece of a prompt; returns its tokens, padding included."""
-        prompt, start = live.entry.request.token_ids, live.read
-        remaining = len(prompt) - start
-        size = piece_size(remaining, self._device.pieces)
-        count = min(size, remaining)
-        end = start + count
-        tokens, targets = np.asarray(prompt[start:end]), np.asarray(prompt[start + 1 : end + 1])
-        score = live.entry.request.prompt_logprobs
-        piece = self._device.read(tokens, targets, live.slot.number, start, score, live.adapter)
-        live.read = end
-        live.slot.tokens += list(prompt[start:end])
-        wanted = score or live.entry.pooled is not None
+    def _read(self, parts: list[Part]) -> int:
+        """Dispatch the parts, and empty their list; returns how many tokens, padding included."""
+        pieces = cut(parts, self._device.pieces)
+        parts.clear()
+        for _, piece in pieces:
+            self._read_piece(piece)
+        return sum(size for size, _ in pieces)
+
+    def _read_piece(self, parts: Sequence[Part]) -> None:
+        tokens = [token for part in parts for token in part.live.prompt[part.start : part.end]]
+        score = any(part.live.entry.request.prompt_logprobs for part in parts)
+        piece = self._device.read(
+            np.asarray(tokens),
+            np.asarray([token for part in parts for token in part.targets]),
+            segments_of([(part.live.slot.number, part.start, len(part)) for part in parts]),
+            score,
+            parts[0].live.adapter,
+        )
+        wanted = score or any(part.live.entry.pooled is not None for part in parts)
 
         def deliver() -> None:
             host: Piece | None = jax.device_get(piece) if wanted else None
-            logprobs = _host(host.logprobs) if host is not None and score else None
-            live.take_piece(count, end, logprobs, None if host is None else np.asarray(host.hidden))
+            logprobs = None if host is None or not score else _host(host.logprobs)
+            first = 0
+            for i, part in enumerate(parts):
+                own = None if logprobs is None else logprobs.cut(first, first + len(part))
+                part.live.take_piece(part.start, part.end, own, None if host is None else np.asarray(host.hidden[i]))
+                first += len(part)
 
         self._pending.append(deliver)
-        return size
 
     # --- Decoding ------------------------------------------------------------------------------------------------
 
@@ -416,18 +436,6 @@ class Engine:
         for i, each in enumerate(live):
             own = None if logprobs is None else _host(jax.tree.map(lambda leaf: leaf[:, i], logprobs))  # noqa: B023
             self._stats["generated_tokens"] += each.take_tokens(tokens[:steps, i].tolist(), own, self._ends)
-
-
-def piece_size(remaining: int, sizes: Sequence[int]) -> int:
-    """Choose the size of the next piece of a prompt, of which so many tokens remain.
-
-    A piece reads all weights once, which takes as long as `PADDING` tokens of it: up to so many are filled in rather
-    than to read another, smaller piece.
-    """
-    fitting = next((size for size in sizes if size >= remaining), None)
-    if fitting is not None and fitting - remaining <= PADDING:
-        return fitting
-    return max((size for size in sizes if size <= remaining), default=sizes[0])
 
 
 def _host(logprobs: Logprobs) -> HostLogprobs:

@@ -6,6 +6,7 @@ chunk ahead of the host.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,10 @@ class HostLogprobs:
     own: np.ndarray
     top: np.ndarray
     ids: np.ndarray
+
+    def cut(self, first: int, last: int) -> HostLogprobs:
+        """Take those of a range."""
+        return HostLogprobs(self.own[first:last], self.top[first:last], self.ids[first:last])
 
     def tokens(self, token_ids: list[int], alternatives: int) -> list[TokenLogprobs]:
         """Describe the first `len(token_ids)` tokens, with so many alternatives each."""
@@ -64,9 +69,9 @@ class Live:
     hidden: np.ndarray | float = 0.0
 
     @property
-    def prompt(self) -> list[int]:
+    def prompt(self) -> Sequence[int]:
         """The prompt's tokens."""
-        return list(self.entry.request.token_ids)
+        return self.entry.request.token_ids
 
     @property
     def decoding(self) -> bool:
@@ -85,15 +90,15 @@ class Live:
         self.finished = isinstance(event, Finished)
         self.entry.sink(event)
 
-    def take_piece(self, count: int, end: int, logprobs: HostLogprobs | None, hidden: np.ndarray | None) -> None:
-        """Note that `count` tokens of the prompt, up to `end`, have been read, and send what follows from it."""
+    def take_piece(self, start: int, end: int, logprobs: HostLogprobs | None, hidden: np.ndarray | None) -> None:
+        """Note that the prompt's tokens `start` to `end` have been read, and send what follows from it."""
         request = self.entry.request
         if hidden is not None:
             self.hidden = self.hidden + hidden
         if logprobs is not None:
             if not self.prompt_logprobs:
                 self.prompt_logprobs.append(TokenLogprobs(request.token_ids[0], None))
-            following = list(request.token_ids[end - count + 1 : end + 1])
+            following = list(request.token_ids[start + 1 : end + 1])
             self.prompt_logprobs += logprobs.tokens(following, request.logprobs or 0)
         if end < len(request.token_ids):
             return

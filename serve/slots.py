@@ -58,12 +58,12 @@ class Slots:
 
     Args:
         count: how many.
-        worth_copying: shortest beginning for which a slot is copied rather than read anew.
+        worth_reuse: shortest beginning that is not read anew: a piece that holds only beginnings takes several.
     """
 
-    def __init__(self, count: int, worth_copying: int) -> None:
+    def __init__(self, count: int, worth_reuse: int) -> None:
         self.slots = [Slot(i) for i in range(count)]
-        self._worth_copying = worth_copying
+        self._worth_reuse = worth_reuse
         self._turn = 0
 
     @property
@@ -96,12 +96,12 @@ class Slots:
             alike = [slot for slot in self.slots if slot.adapter == adapter]
             found = [(common_prefix(slot.tokens, wanted), not slot.used, slot) for slot in alike]
             shared, _, best = max(found, key=lambda entry: entry[:2], default=(0, True, oldest))
-        if not best.used and (best is oldest or 2 * shared >= len(best.tokens) > 0):
-            chosen, source = best, None
-        elif shared >= self._worth_copying:
-            chosen, source = oldest, best.number
-        else:
+        if shared < self._worth_reuse:
             chosen, source, shared = oldest, None, 0
+        elif not best.used and (best is oldest or 2 * shared >= len(best.tokens)):
+            chosen, source = best, None
+        else:
+            chosen, source = oldest, best.number
         chosen.tokens = list(prompt[:shared])
         chosen.adapter = adapter
         chosen.used = True

@@ -10,7 +10,7 @@ from minillm_jax.config import RopeScaling
 from minillm_jax.lm import generate
 from minillm_jax.model import forward_hidden
 from minillm_jax.sampling import SamplingParams
-from serve.engine import piece_size
+from serve.prefill import piece_size
 from serve.protocol import Finished, Request
 
 

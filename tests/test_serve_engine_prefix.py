@@ -78,7 +78,7 @@ def test_more_conversations_than_slots_evict_the_oldest(engine):
 
 
 def test_slots_are_taken_over_copied_or_begun_afresh():
-    slots = Slots(2, worth_copying=3)
+    slots = Slots(2, worth_reuse=3)
     first = slots.take([1, 2, 3, 4, 5, 6], 0)
     assert (first.slot.tokens, first.source) == ([], None)
     first.slot.tokens = [1, 2, 3, 4, 5, 6]
