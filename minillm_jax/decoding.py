@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.lora import choose_adapters
-from minillm_jax.model import Block, Params, RMSNorm, Shared, compute_dtype, unembed
+from minillm_jax.model import Block, Params, RMSNorm, Shared, compute_dtype, join_matrices, unembed
 from minillm_jax.rope import rope_tables
+from minillm_jax.sharding import mesh_of
 from minillm_jax.slots import Fresh, LayerSlots, SlotCache
 
 
@@ -25,7 +26,8 @@ def split_layers(params: Params, config: ModelConfig) -> Params:
     The stack of layers `[L, …]` becomes a tuple of L trees. Tied embeddings are copied to a head `[D, V]` of their own:
     products of a few rows read a transposed matrix slowly.
     """
-    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.num_hidden_layers))
+    stacked = params["layers"] if mesh_of(params) is not None else join_matrices(params["layers"])
+    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(config.num_hidden_layers))
     tied = {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}} if config.tie_word_embeddings else {}
     return params | tied | {"layers": layers}
 

@@ -32,6 +32,9 @@ from minillm_jax.slots import LayerSlots
 
 Params = dict[str, Any]
 
+QKV, GATE_UP = "qkv_proj", "gate_up_proj"
+"""Names of matrices that `join_matrices` has put beside each other."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -142,9 +145,15 @@ class SelfAttention(nn.Module):
         c = self.config
         batch, length, _ = x.shape
         std, size = c.initializer_range, c.head_size
-        q = Linear(c.num_attention_heads * size, ("embed", "heads"), std, c.attention_bias, name="q_proj")(x)
-        k = Linear(c.num_key_value_heads * size, ("embed", "kv_heads"), std, c.attention_bias, name="k_proj")(x)
-        v = Linear(c.num_key_value_heads * size, ("embed", "kv_heads"), std, c.attention_bias, name="v_proj")(x)
+        project = functools.partial(Linear, stddev=std, use_bias=c.attention_bias)
+        wide, narrow = c.num_attention_heads * size, c.num_key_value_heads * size
+        if self.has_variable("params", QKV):
+            joined = project(wide + 2 * narrow, ("embed", "heads"), name=QKV)(x)
+            q, k, v = jnp.split(joined, (wide, wide + narrow), axis=-1)
+        else:
+            q = project(wide, ("embed", "heads"), name="q_proj")(x)
+            k = project(narrow, ("embed", "kv_heads"), name="k_proj")(x)
+            v = project(narrow, ("embed", "kv_heads"), name="v_proj")(x)
         q = q.reshape(batch, length, c.num_attention_heads, size)
         k = k.reshape(batch, length, c.num_key_value_heads, size)
         v = v.reshape(batch, length, c.num_key_value_heads, size)
@@ -200,8 +209,11 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[..., D]` to `[..., D]`."""
         c = self.config
-        gate = Linear(self.width, ("embed", "mlp"), c.initializer_range, name="gate_proj")(x)
-        up = Linear(self.width, ("embed", "mlp"), c.initializer_range, name="up_proj")(x)
+        project = functools.partial(Linear, axes=("embed", "mlp"), stddev=c.initializer_range)
+        if self.has_variable("params", GATE_UP):
+            gate, up = jnp.split(project(2 * self.width, name=GATE_UP)(x), 2, axis=-1)
+        else:
+            gate, up = project(self.width, name="gate_proj")(x), project(self.width, name="up_proj")(x)
         out_std = c.initializer_range / math.sqrt(2 * c.num_hidden_layers)
         hidden = constrain(jax.nn.silu(gate) * up, "batch", *[None] * (x.ndim - 2), "mlp")
         return Linear(c.hidden_size, ("mlp", "embed"), out_std, name="down_proj")(hidden)
@@ -396,6 +408,31 @@ def compute_dtype(compute: ComputeConfig) -> Any:
     if compute.dtype == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.dtype(compute.dtype)
+
+
+def join_matrices(layer: Params) -> Params:
+    """Put matrices that multiply the same input beside each other: fewer products of few rows take less time.
+
+    Those with an adapter stay as they are.
+
+    Args:
+        layer: parameters of one layer, or of several `[L, …]`.
+    """
+
+    def join(tree: Params, names: tuple[str, ...], name: str) -> Params:
+        parts = [tree[each] for each in names if each in tree]
+        if len(parts) < len(names) or not all(isinstance(part, dict) and "kernel" in part for part in parts):
+            return tree
+        if any("lora" in key for part in parts for key in part):
+            return tree
+        rest = {key: value for key, value in tree.items() if key not in names}
+        return rest | {name: {key: jnp.concatenate([part[key] for part in parts], -1) for key in parts[0]}}
+
+    attention = join(layer["self_attn"], ("q_proj", "k_proj", "v_proj"), QKV)
+    mlp = join(layer["mlp"], ("gate_proj", "up_proj"), GATE_UP)
+    if "shared" in mlp:
+        mlp = mlp | {"shared": join(mlp["shared"], ("gate_proj", "up_proj"), GATE_UP)}
+    return layer | {"self_attn": attention, "mlp": mlp}
 
 
 def _init_boxed(config: ModelConfig, key: jax.Array) -> Any:
