@@ -8,6 +8,7 @@ differ in speed only.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ from minillm_jax.kernels import announce, platform, present_platform, trial
 from minillm_jax.matmul_blocked import blocked_matmul
 from minillm_jax.matmul_kernels import KERNELS, refusal
 
+FEW_ROWS = 64
+"""Most rows of a product that are written as columns on CPU."""
+
 
 @jax.custom_vjp
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -27,11 +31,24 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     The gradient of w contracts all leading axes, with the narrower of x and the incoming gradient as the transposed
     operand.
     """
-    return x @ w
+    return _product(x, w)
 
 
 def _matmul_fwd(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ w, (x, w)
+    return _product(x, w), (x, w)
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply; on CPU, few rows as columns.
+
+    There XLA hands products to YNNPACK, which packs all weights anew for each: worth it where many rows use them. It
+    does not take a transposed first operand, for which XLA's own product is up to 1.8 times as fast with 4 to 32 rows.
+    """
+    rows = math.prod(x.shape[:-1])
+    if not 1 < rows <= FEW_ROWS or platform() != "cpu":
+        return x @ w
+    columns = jax.lax.optimization_barrier(x.reshape(rows, -1).T)  # or the compiler takes the transposition back
+    return jax.lax.dot_general(columns, w, (((0,), (0,)), ((), ()))).reshape(*x.shape[:-1], -1)
 
 
 def _matmul_bwd(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:

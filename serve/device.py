@@ -33,16 +33,6 @@ from serve.programs import (
 )
 
 
-def _options(program: str, size: int) -> dict[str, str] | None:
-    """Options of the compiler for one program.
-
-    On CPU XLA hands products to YNNPACK, which packs all weights anew for each: worth it where many rows use them,
-    while XLA's own products are up to 1.8 times as fast for 4 to 32 rows.
-    """
-    few_rows = program == "decode" and 1 < size <= 64
-    return {"xla_cpu_experimental_ynn_fusion_type": ""} if few_rows and jax.default_backend() == "cpu" else None
-
-
 class Device:
     """Parameters, state and compiled programs. Only the engine's thread calls it.
 
@@ -91,7 +81,7 @@ class Device:
             lowered[("set", 0)] = self._lower(set_row, 0, self._state, zero, row.astype(bool), row.astype(np.float32))
             lowered[("copy", 0)] = self._lower(copy_row, 0, self._state, zero, zero)
         with ThreadPoolExecutor(2) as pool:
-            compiled = pool.map(lambda name: lowered[name].compile(_options(*name)), lowered)
+            compiled = pool.map(lambda name: lowered[name].compile(), lowered)
             self._programs: dict[tuple[str, int], Any] = dict(zip(lowered, compiled, strict=True))
 
     def read(self, tokens: np.ndarray, targets: np.ndarray, segments: Segments, score: bool, adapter: int) -> Piece:
