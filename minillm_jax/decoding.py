@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.lora import choose_adapters
+from minillm_jax.matmul import looped_products
 from minillm_jax.model import Block, Params, RMSNorm, Shared, compute_dtype, join_matrices, unembed
 from minillm_jax.rope import rope_tables
 from minillm_jax.sharding import mesh_of
@@ -37,12 +38,20 @@ def choose(params: Params, adapters: jax.Array) -> Params:
     return params | {"layers": choose_adapters(params["layers"], adapters)}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
+@functools.partial(jax.jit, static_argnames=("config", "compute", "looped"))
 def _layer(
-    params: Params, x: jax.Array, slots: LayerSlots, shared: Shared, *, config: ModelConfig, compute: ComputeConfig
+    params: Params,
+    x: jax.Array,
+    slots: LayerSlots,
+    shared: Shared,
+    *,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    looped: bool,
 ) -> tuple[jax.Array, LayerSlots]:
     block = Block(config, compute, deterministic=True)
-    (x, slots), _ = block.apply({"params": params}, (x, slots), jnp.zeros((), jnp.int32), shared)
+    with looped_products(looped):
+        (x, slots), _ = block.apply({"params": params}, (x, slots), jnp.zeros((), jnp.int32), shared)
     return x, slots
 
 
@@ -60,6 +69,7 @@ def forward_slots(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     compute: ComputeConfig = ComputeConfig(),
+    looped: bool = False,
 ) -> tuple[jax.Array, Fresh]:
     """Run the transformer up to its final norm on tokens that follow what slots hold.
 
@@ -76,6 +86,7 @@ def forward_slots(
         positions: `[B, T]`; None counts on from each row's length.
         segment_ids: `[B, T]`, where the tokens of a row are several texts; see `slots.LayerSlots`.
         compute: dtype of activations.
+        looped: write products of a single row as loops, see `matmul.looped_products`.
 
     Returns:
         `[B, T, D]` final hidden states, normalised, and the fresh tokens with these among them.
@@ -90,13 +101,14 @@ def forward_slots(
     new_k, new_v = [], []
     for i, layer in enumerate(params["layers"]):
         slots = LayerSlots(cache.k[i], cache.v[i], fresh.k[i], fresh.v[i], rows, lengths, blocks, index, segment_ids)
-        x, slots = _layer(layer, x, slots, shared, config=config, compute=compute)
+        x, slots = _layer(layer, x, slots, shared, config=config, compute=compute, looped=looped)
         new_k.append(slots.fresh_k)
         new_v.append(slots.fresh_v)
     x = RMSNorm(config.rms_norm_eps).apply({"params": params["norm"]}, x)
     return x, Fresh(tuple(new_k), tuple(new_v))
 
 
-def unembed_slots(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """Turn hidden states `[..., D]` into float32 logits `[..., V]`; parameters are those of `split_layers`."""
-    return unembed(params, dataclasses.replace(config, tie_word_embeddings=False), hidden)
+def unembed_slots(params: Params, config: ModelConfig, hidden: jax.Array, looped: bool = False) -> jax.Array:
+    """Turn hidden states `[..., D]` into float32 logits `[..., V]`; arguments as in `forward_slots`."""
+    with looped_products(looped):
+        return unembed(params, dataclasses.replace(config, tie_word_embeddings=False), hidden)

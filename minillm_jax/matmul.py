@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import jax
@@ -22,6 +24,12 @@ from minillm_jax.matmul_kernels import KERNELS, refusal
 
 FEW_ROWS = 64
 """Most rows of a product that are written as columns on CPU."""
+UNROLL = 8
+"""Rows of the weights that a loop reads side by side: more are no longer vectorised."""
+LOOPED_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+"""Options of the compiler that keep loops over elements out of YNNPACK."""
+
+_looped = ContextVar("looped", default=False)
 
 
 @jax.custom_vjp
@@ -31,24 +39,51 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     The gradient of w contracts all leading axes, with the narrower of x and the incoming gradient as the transposed
     operand.
     """
-    return _product(x, w)
+    return product(x, w)
 
 
 def _matmul_fwd(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, w), (x, w)
+    return product(x, w), (x, w)
 
 
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply; on CPU, few rows as columns.
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply `[..., D]` by `[D, F]`, which may be integers; the gradient is the derived one.
 
-    There XLA hands products to YNNPACK, which packs all weights anew for each: worth it where many rows use them. It
-    does not take a transposed first operand, for which XLA's own product is up to 1.8 times as fast with 4 to 32 rows.
+    On CPU few rows are written as columns. XLA hands products to YNNPACK there, which packs all weights anew for each:
+    worth it where many rows use them. It does not take a transposed first operand, for which XLA's own product is up to
+    1.8 times as fast with 4 to 32 rows.
     """
     rows = math.prod(x.shape[:-1])
+    if rows == 1 and _looped.get() and w.shape[0] % UNROLL == 0:
+        return _looped_product(x.reshape(-1), w).astype(x.dtype).reshape(*x.shape[:-1], -1)
+    w = w.astype(x.dtype)
     if not 1 < rows <= FEW_ROWS or platform() != "cpu":
         return x @ w
     columns = jax.lax.optimization_barrier(x.reshape(rows, -1).T)  # or the compiler takes the transposition back
     return jax.lax.dot_general(columns, w, (((0,), (0,)), ((), ()))).reshape(*x.shape[:-1], -1)
+
+
+@contextmanager
+def looped_products(wanted: bool) -> Iterator[None]:
+    """Write products of a single row as loops, in what is traced here; it must be compiled with `LOOPED_OPTIONS`.
+
+    Such a product takes as long as reading the weights, which XLA's own leaves to one core. A loop over elements is
+    shared by all cores, and converts what it reads: from int8, it takes half the time that float32 does.
+    """
+    token = _looped.set(wanted)
+    try:
+        yield
+    finally:
+        _looped.reset(token)
+
+
+def _looped_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply `[D]` by `[D, F]` in float32, `UNROLL` rows of w at once."""
+    x, w = jax.lax.optimization_barrier((x, w))  # or what made x is made again, and w converted outside, to be kept
+    factors = x.reshape(-1, UNROLL, 1).astype(jnp.float32)
+    blocks = w.reshape(-1, UNROLL, w.shape[1]).astype(jnp.float32)  # [D / 8, 8, F]
+    sums = sum(factors[:, i] * blocks[:, i] for i in range(UNROLL))
+    return jax.lax.optimization_barrier(sums).sum(0)  # or the compiler sums one by one
 
 
 def _matmul_bwd(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -24,7 +24,7 @@ from minillm_jax.attention import CHECKPOINT_NAME, attention
 from minillm_jax.cache import KVCache, write_layer, write_slots
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.expert_parallel import Capacity, Weights, expert_layer
-from minillm_jax.matmul import LowRank, matmul
+from minillm_jax.matmul import LowRank, matmul, product
 from minillm_jax.moe import auxiliary_loss, expert_capacities, limit_to_capacity, model_balancing_loss, route
 from minillm_jax.rope import rope_tables, rotate
 from minillm_jax.sharding import constrain
@@ -122,9 +122,10 @@ class Linear(nn.Module):
         """Multiply the last axis."""
         init = _named(nn.initializers.normal(self.stddev), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        y = matmul(x, kernel.astype(x.dtype))
         if self.has_variable("params", "kernel_scale"):  # see quantize.py
-            y = y * self.get_variable("params", "kernel_scale").astype(x.dtype)
+            y = product(x, kernel) * self.get_variable("params", "kernel_scale").astype(x.dtype)
+        else:
+            y = matmul(x, kernel.astype(x.dtype))
         if (adapter := _adapter(self, "kernel")) is not None:
             y = y + adapter(x)
         if self.use_bias:
@@ -507,9 +508,11 @@ def unembed(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array
     if "score" in params or not (tied or "lm_head" in params):
         raise ValueError("these are a reward model's parameters, which have no output head; see reward.reward_scores")
     head = params["embed_tokens"]["embedding"].T if tied else params["lm_head"]["kernel"]
-    logits = matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
-    logits = constrain(logits, "batch", *[None] * (logits.ndim - 2), "vocab")
-    return logits if tied or "kernel_scale" not in params["lm_head"] else logits * params["lm_head"]["kernel_scale"]
+    if not tied and "kernel_scale" in params["lm_head"]:
+        logits = product(hidden, head).astype(jnp.float32) * params["lm_head"]["kernel_scale"]
+    else:
+        logits = matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+    return constrain(logits, "batch", *[None] * (logits.ndim - 2), "vocab")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))

@@ -16,6 +16,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from minillm_jax.config import ComputeConfig, ModelConfig
+from minillm_jax.kernels import present_platform
+from minillm_jax.matmul import LOOPED_OPTIONS
 from minillm_jax.model import Params, compute_dtype
 from minillm_jax.sharding import mesh_of, on_mesh_of
 from serve.programs import (
@@ -73,15 +75,19 @@ class Device:
         draw = functools.partial(
             decode, config=config, compute=compute, chunk=chunk, eos_token_ids=tuple(eos_token_ids)
         )
+        looped = self._mesh is None and present_platform() == "cpu"
         zero = np.zeros((), np.int32)
         row = np.zeros(config.vocab_size)
         with on_mesh_of(params):
             lowered = {("read", p): self._lower(read, 1, *self._piece_arguments(p)) for p in pieces}
-            lowered |= {("decode", b): self._lower(draw, 1, *self._decode_arguments(b)) for b in batches}
+            for b in batches:
+                program = functools.partial(draw, looped=looped and b == 1)
+                lowered[("decode", b)] = self._lower(program, 1, *self._decode_arguments(b))
             lowered[("set", 0)] = self._lower(set_row, 0, self._state, zero, row.astype(bool), row.astype(np.float32))
             lowered[("copy", 0)] = self._lower(copy_row, 0, self._state, zero, zero)
         with ThreadPoolExecutor(2) as pool:
-            compiled = pool.map(lambda name: lowered[name].compile(), lowered)
+            options = {("decode", 1): LOOPED_OPTIONS if looped else None}
+            compiled = pool.map(lambda name: lowered[name].compile(options.get(name)), lowered)
             self._programs: dict[tuple[str, int], Any] = dict(zip(lowered, compiled, strict=True))
 
     def read(self, tokens: np.ndarray, targets: np.ndarray, segments: Segments, score: bool, adapter: int) -> Piece:

@@ -236,6 +236,7 @@ def decode(
     compute: ComputeConfig,
     chunk: int,
     eos_token_ids: tuple[int, ...],
+    looped: bool,
 ) -> tuple[State, Chunk]:
     """Draw up to `steps` tokens a row; fewer when all rows are done.
 
@@ -253,6 +254,7 @@ def decode(
         compute: dtype.
         chunk: most steps C.
         eos_token_ids: tokens that end a row.
+        looped: see `matmul.looped_products`.
     """
     params = choose(params, rows.adapters)
     batch = rows.slots.shape[0]
@@ -270,14 +272,14 @@ def decode(
         logprobs = token_logprobs(logits, tokens, any_logprobs)
         hidden, fresh = forward_slots(
             params, config, tokens[:, None], cache=state.cache, fresh=carry["fresh"], rows=rows.slots,
-            lengths=rows.lengths, index=i, blocks=blocks, compute=compute,
+            lengths=rows.lengths, index=i, blocks=blocks, compute=compute, looped=looped,
         )  # fmt: skip
         each = jnp.arange(batch)
         ended = (tokens[:, None] == ends).any(-1) & ~rows.ignore_eos
         return {
             "steps": i + 1,
             "fresh": fresh,
-            "logits": unembed_slots(params, config, hidden[:, 0]),
+            "logits": unembed_slots(params, config, hidden[:, 0], looped),
             "counts": carry["counts"].at[each, tokens].add(1),
             "seen": carry["seen"].at[each, tokens].set(True),
             "done": done | ended,
