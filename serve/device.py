@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -75,20 +75,24 @@ class Device:
         draw = functools.partial(
             decode, config=config, compute=compute, chunk=chunk, eos_token_ids=tuple(eos_token_ids)
         )
-        looped = self._mesh is None and present_platform() == "cpu"
+        loops = self._mesh is None and present_platform() == "cpu"
         zero = np.zeros((), np.int32)
         row = np.zeros(config.vocab_size)
-        with on_mesh_of(params):
-            lowered = {("read", p): self._lower(read, 1, *self._piece_arguments(p)) for p in pieces}
+        building: dict[tuple[str, int], Future[Any]] = {}
+        with ThreadPoolExecutor(2) as pool, on_mesh_of(params):  # one is traced while others are compiled
+
+            def build(name: str, size: int, function: Callable[..., Any], donated: int, *arguments: Any) -> None:
+                options = LOOPED_OPTIONS if loops and (name, size) == ("decode", 1) else None
+                building[(name, size)] = pool.submit(self._lower(function, donated, *arguments).compile, options)
+
             for b in batches:
-                program = functools.partial(draw, looped=looped and b == 1)
-                lowered[("decode", b)] = self._lower(program, 1, *self._decode_arguments(b))
-            lowered[("set", 0)] = self._lower(set_row, 0, self._state, zero, row.astype(bool), row.astype(np.float32))
-            lowered[("copy", 0)] = self._lower(copy_row, 0, self._state, zero, zero)
-        with ThreadPoolExecutor(2) as pool:
-            options = {("decode", 1): LOOPED_OPTIONS if looped else None}
-            compiled = pool.map(lambda name: lowered[name].compile(options.get(name)), lowered)
-            self._programs: dict[tuple[str, int], Any] = dict(zip(lowered, compiled, strict=True))
+                looped = functools.partial(draw, looped=loops and b == 1)
+                build("decode", b, looped, 1, *self._decode_arguments(b))
+            for p in pieces:
+                build("read", p, read, 1, *self._piece_arguments(p))
+            build("set", 0, set_row, 0, self._state, zero, row.astype(bool), row.astype(np.float32))
+            build("copy", 0, copy_row, 0, self._state, zero, zero)
+        self._programs = {name: future.result() for name, future in building.items()}
 
     def read(self, tokens: np.ndarray, targets: np.ndarray, segments: Segments, score: bool, adapter: int) -> Piece:
         """Read up to the largest piece of tokens; see `read_piece`."""
