@@ -26,7 +26,7 @@ FEW_ROWS = 64
 """Most rows of a product that are written as columns on CPU."""
 UNROLL = 8
 """Rows of the weights that a loop reads side by side: more are no longer vectorised."""
-LOOPED_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+LOOPED_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
 """Options of the compiler that keep loops over elements out of YNNPACK."""
 
 _looped = ContextVar("looped", default=False)
@@ -47,13 +47,13 @@ def _matmul_fwd(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array,
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply `[..., D]` by `[D, F]`, which may be integers; the gradient is the derived one.
+    """Multiply `[..., D]` by `[D, F]`, which may be integers, or by a matrix for each row; its gradient is derived.
 
     On CPU few rows are written as columns. XLA hands products to YNNPACK there, which packs all weights anew for each:
     worth it where many rows use them. It does not take a transposed first operand, for which XLA's own product is up to
     1.8 times as fast with 4 to 32 rows.
     """
-    rows = math.prod(x.shape[:-1])
+    rows = math.prod(x.shape[:-1]) if w.ndim == 2 else 0
     if rows == 1 and _looped.get() and w.shape[0] % UNROLL == 0:
         return _looped_product(x.reshape(-1), w).astype(x.dtype).reshape(*x.shape[:-1], -1)
     w = w.astype(x.dtype)

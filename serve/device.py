@@ -20,6 +20,7 @@ from minillm_jax.kernels import present_platform
 from minillm_jax.matmul import LOOPED_OPTIONS
 from minillm_jax.model import Params, compute_dtype
 from minillm_jax.sharding import mesh_of, on_mesh_of
+from serve import traced
 from serve.programs import (
     Chunk,
     Piece,
@@ -65,6 +66,7 @@ class Device:
         self.pieces, self.batches = tuple(pieces), tuple(batches)
         compute = ComputeConfig()
         self._mesh = mesh_of(params)
+        self._one_cpu = self._mesh is None and present_platform() == "cpu"
         with on_mesh_of(params):
             make = jax.jit(init_state, static_argnums=(0, 1, 2, 3))
             self._state = make(config, slots, length, compute_dtype(compute))
@@ -75,18 +77,18 @@ class Device:
         draw = functools.partial(
             decode, config=config, compute=compute, chunk=chunk, eos_token_ids=tuple(eos_token_ids)
         )
-        loops = self._mesh is None and present_platform() == "cpu"
         zero = np.zeros((), np.int32)
         row = np.zeros(config.vocab_size)
         building: dict[tuple[str, int], Future[Any]] = {}
         with ThreadPoolExecutor(2) as pool, on_mesh_of(params):  # one is traced while others are compiled
 
             def build(name: str, size: int, function: Callable[..., Any], donated: int, *arguments: Any) -> None:
-                options = LOOPED_OPTIONS if loops and (name, size) == ("decode", 1) else None
-                building[(name, size)] = pool.submit(self._lower(function, donated, *arguments).compile, options)
+                options = LOOPED_OPTIONS if self._one_cpu and (name, size) == ("decode", 1) else None
+                lowered = self._lower(functools.partial(function), donated, *arguments)
+                building[(name, size)] = pool.submit(lowered.compile, options)
 
             for b in batches:
-                looped = functools.partial(draw, looped=loops and b == 1)
+                looped = functools.partial(draw, looped=self._one_cpu and b == 1)
                 build("decode", b, looped, 1, *self._decode_arguments(b))
             for p in pieces:
                 build("read", p, read, 1, *self._piece_arguments(p))
@@ -120,8 +122,10 @@ class Device:
         """Copy what one slot has read to another."""
         self._state = self._programs[("copy", 0)](self._state, np.int32(source), np.int32(target))
 
-    def _lower(self, function: Callable[..., Any], donated: int, *arguments: Any) -> Any:
+    def _lower(self, function: functools.partial[Any], donated: int, *arguments: Any) -> jax.stages.Lowered:
         """Lower a program whose state comes out as it went in; what else it returns lies on every device of a mesh."""
+        if self._one_cpu:  # elsewhere it may hold kernels that cannot be kept
+            return traced.lower(function, donated, *arguments)
         if self._mesh is None:
             return jax.jit(function, donate_argnums=donated).lower(*arguments)
         state = jax.tree.map(lambda leaf: leaf.sharding, self._state)
