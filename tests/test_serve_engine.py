@@ -4,14 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-from engines import CONTEXT, DENSE, NEW, PROMPTS, VOCAB, complete, drawn, model, started, together
+from engines import CONTEXT, DENSE, NEW, PROMPTS, SMALL, VOCAB, complete, drawn, model, started, together
 
 from minillm_jax.config import RopeScaling
 from minillm_jax.lm import generate
 from minillm_jax.model import forward_hidden
 from minillm_jax.sampling import SamplingParams
-from serve.prefill import piece_size
-from serve.protocol import Finished, Request
+from serve.device import Device
+from serve.engine import Engine
+from serve.protocol import Finished, Request, Tokens
 
 
 @pytest.fixture(scope="module")
@@ -150,22 +151,37 @@ def test_nothing_is_compiled_while_serving(engine):
     assert engine.stats().generated_tokens > 0
 
 
-@pytest.mark.parametrize(
-    ("prompt", "pieces"),
-    [
-        (1, [32]),
-        (32, [32]),
-        (70, [64, 32]),
-        (100, [128]),
-        (130, [128, 32]),
-        (192, [128, 64]),
-        (224, [256]),
-        (600, [256, 256, 64, 32]),
-    ],
-)
-def test_prompts_are_read_in_few_pieces_with_little_padding(prompt, pieces):
-    sizes, remaining = [], prompt
-    while remaining > 0:
-        sizes.append(piece_size(remaining, (32, 64, 128, 256)))
-        remaining -= sizes[-1]
-    assert sizes == pieces
+def reads(engine, requests, monkeypatch):
+    """Submit requests before the engine starts; returns what each piece held, and the tokens of each request."""
+    pieces, answers = [], [[] for _ in requests]
+    read = Device.read
+
+    def count(self, tokens, targets, segments, *rest):
+        pieces.append([n for n in segments.counts.tolist() if n])
+        return read(self, tokens, targets, segments, *rest)
+
+    monkeypatch.setattr(Device, "read", count)
+    for request, answer in zip(requests, answers, strict=True):
+        engine.submit(request, answer.append)
+    engine.start(wait=True)
+    assert engine.drain(60)
+    return pieces, [[t for event in events if isinstance(event, Tokens) for t in event.token_ids] for events in answers]
+
+
+def test_prompts_that_wait_are_read_together(monkeypatch):
+    lm = model()
+    prompts = [PROMPTS[i] for i in (2, 1, 3, 0)]  # 16, 5, 33, 1 tokens, in pieces of up to 32
+    requests = [Request(p, NEW, temperature=0.0) for p in prompts]
+    pieces, tokens = reads(Engine(lm, SMALL), requests, monkeypatch)
+    assert pieces == [[16, 5, 11], [22, 1]]
+    assert tokens == greedy(lm, prompts)
+
+
+def test_prompts_that_begin_alike_are_read_one_after_the_other(monkeypatch):
+    lm = model()
+    prompts = [PROMPTS[4], PROMPTS[4][:40] + PROMPTS[3], PROMPTS[4][:40] + PROMPTS[2]]
+    config = dataclasses.replace(SMALL, prefill_piece=128)
+    requests = [Request(p, NEW, temperature=0.0) for p in prompts]
+    pieces, tokens = reads(Engine(lm, config), requests, monkeypatch)
+    assert sum(map(sum, pieces)) == 70 + 33 + 16
+    assert tokens == greedy(lm, prompts)

@@ -1,0 +1,71 @@
+"""The plain product in all its forms: what it computes does not depend on how many rows there are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minillm_jax.matmul import FEW_ROWS, LOOPED_OPTIONS, looped_products, matmul, product
+
+
+def draw(rows, depth=48, width=40):
+    rng = np.random.default_rng(rows)
+    return rng.standard_normal((rows, depth), np.float32), rng.standard_normal((depth, width), np.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, FEW_ROWS, FEW_ROWS + 1])
+def test_any_number_of_rows(rows):
+    x, w = draw(rows)
+    expected = x.astype(np.float64) @ w
+    np.testing.assert_allclose(matmul(x, w), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(matmul)(x[:, None], w)[:, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_gradients_are_those_of_the_plain_product(rows):
+    x, w = draw(rows)
+    ours = jax.grad(lambda x, w: (matmul(x, w) ** 2).sum(), argnums=(0, 1))(x, w)
+    plain = jax.grad(lambda x, w: ((x @ w) ** 2).sum(), argnums=(0, 1))(x, w)
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def looped(x, w):
+    """Return the product of a row as a loop, compiled as the engine compiles it."""
+    with looped_products(True):
+        lowered = jax.jit(lambda x, w: product(x, w)).lower(x, w)  # a function of its own: traced anew
+    assert "dot_general" not in lowered.as_text()
+    return lowered.compile(LOOPED_OPTIONS if jax.default_backend() == "cpu" else None)(x, w)
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48)])
+def test_a_row_as_a_loop(shape):
+    x, w = draw(1)
+    y = looped(x.reshape(shape), w)
+    assert y.shape == (*shape[:-1], 40)
+    np.testing.assert_allclose(y.reshape(1, -1), x @ w, atol=1e-5)
+
+
+def test_a_loop_converts_integers_and_adds_up_in_float32():
+    x, w = draw(1)
+    steps = np.round(w * 40).astype(np.int8)
+    np.testing.assert_allclose(looped(x, steps), x @ steps.astype(np.float32), rtol=1e-5, atol=1e-4)
+    half = jnp.asarray(x, jnp.bfloat16)
+    y = looped(half, jnp.asarray(w, jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    exact = np.asarray(half, np.float32) @ np.asarray(jnp.asarray(w, jnp.bfloat16), np.float32)
+    np.testing.assert_allclose(np.asarray(y, np.float32), exact, atol=0.1, rtol=2**-8)
+
+
+def test_a_depth_that_no_loop_divides_is_a_plain_product():
+    x, w = draw(1, depth=50)
+    with looped_products(True):
+        lowered = jax.jit(lambda x, w: product(x, w)).lower(x, w)
+    assert "dot_general" in lowered.as_text()
+    np.testing.assert_allclose(lowered.compile()(x, w), x @ w, atol=1e-5)
+
+
+def test_a_matrix_for_each_row_of_the_batch():
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 3, 8), np.float32), rng.standard_normal((2, 8, 5), np.float32)
+    np.testing.assert_allclose(matmul(x, w), x @ w, atol=1e-5)
