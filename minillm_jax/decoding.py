@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.lora import choose_adapters
 from minillm_jax.matmul import looped_products
-from minillm_jax.model import Block, Params, RMSNorm, Shared, compute_dtype, join_matrices, unembed
+from minillm_jax.model import GATE_UP, QKV, Block, Params, RMSNorm, Shared, compute_dtype, unembed
 from minillm_jax.rope import rope_tables
 from minillm_jax.sharding import mesh_of
 from minillm_jax.slots import Fresh, LayerSlots, SlotCache
@@ -31,6 +31,29 @@ def split_layers(params: Params, config: ModelConfig) -> Params:
     layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(config.num_hidden_layers))
     tied = {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}} if config.tie_word_embeddings else {}
     return params | tied | {"layers": layers}
+
+
+def join_matrices(layer: Params) -> Params:
+    """Put matrices that multiply the same input beside each other: fewer products of few rows take less time.
+
+    Those with an adapter stay as they are.
+
+    Args:
+        layer: parameters of one layer, or of several `[L, …]`.
+    """
+    attention = _join(layer["self_attn"], ("q_proj", "k_proj", "v_proj"), QKV)
+    mlp = _join(layer["mlp"], ("gate_proj", "up_proj"), GATE_UP)
+    if "shared" in mlp:
+        mlp = mlp | {"shared": _join(mlp["shared"], ("gate_proj", "up_proj"), GATE_UP)}
+    return layer | {"self_attn": attention, "mlp": mlp}
+
+
+def _join(tree: Params, names: tuple[str, ...], joined: str) -> Params:
+    parts = [tree[name] for name in names if name in tree]  # experts have an MLP of their own, or none
+    if not parts or any("lora" in key for part in parts for key in part):
+        return tree
+    rest = {key: value for key, value in tree.items() if key not in names}
+    return rest | {joined: {key: jnp.concatenate([part[key] for part in parts], -1) for key in parts[0]}}
 
 
 def choose(params: Params, adapters: jax.Array) -> Params:

@@ -33,7 +33,7 @@ from minillm_jax.slots import LayerSlots
 Params = dict[str, Any]
 
 QKV, GATE_UP = "qkv_proj", "gate_up_proj"
-"""Names of matrices that `join_matrices` has put beside each other."""
+"""Names of matrices that `decoding.join_matrices` has put beside each other."""
 
 
 @jax.tree_util.register_dataclass
@@ -409,31 +409,6 @@ def compute_dtype(compute: ComputeConfig) -> Any:
     if compute.dtype == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.dtype(compute.dtype)
-
-
-def join_matrices(layer: Params) -> Params:
-    """Put matrices that multiply the same input beside each other: fewer products of few rows take less time.
-
-    Those with an adapter stay as they are.
-
-    Args:
-        layer: parameters of one layer, or of several `[L, …]`.
-    """
-
-    def join(tree: Params, names: tuple[str, ...], name: str) -> Params:
-        parts = [tree[each] for each in names if each in tree]
-        if len(parts) < len(names) or not all(isinstance(part, dict) and "kernel" in part for part in parts):
-            return tree
-        if any("lora" in key for part in parts for key in part):
-            return tree
-        rest = {key: value for key, value in tree.items() if key not in names}
-        return rest | {name: {key: jnp.concatenate([part[key] for part in parts], -1) for key in parts[0]}}
-
-    attention = join(layer["self_attn"], ("q_proj", "k_proj", "v_proj"), QKV)
-    mlp = join(layer["mlp"], ("gate_proj", "up_proj"), GATE_UP)
-    if "shared" in mlp:
-        mlp = mlp | {"shared": join(mlp["shared"], ("gate_proj", "up_proj"), GATE_UP)}
-    return layer | {"self_attn": attention, "mlp": mlp}
 
 
 def _init_boxed(config: ModelConfig, key: jax.Array) -> Any:

@@ -364,10 +364,11 @@ class Engine:
 
         def deliver() -> None:
             host: Piece | None = jax.device_get(piece) if wanted else None
-            logprobs = None if host is None or not score else _host(host.logprobs)
+            logprobs = None if host is None else _host(host.logprobs)
             first = 0
             for i, part in enumerate(parts):
-                own = None if logprobs is None else logprobs.cut(first, first + len(part))
+                scored = logprobs if part.live.entry.request.prompt_logprobs else None
+                own = None if scored is None else scored.cut(first, first + len(part))
                 part.live.take_piece(part.start, part.end, own, None if host is None else np.asarray(host.hidden[i]))
                 first += len(part)
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
-from engines import CONTEXT, DENSE, NEW, PROMPTS, SMALL, VOCAB, complete, drawn, model, started, together
+from engines import CONTEXT, DENSE, NEW, PROMPTS, SMALL, VOCAB, complete, drawn, model, next_logits, started, together
 
 from minillm_jax.config import RopeScaling
 from minillm_jax.lm import generate
@@ -152,7 +153,7 @@ def test_nothing_is_compiled_while_serving(engine):
 
 
 def reads(engine, requests, monkeypatch):
-    """Submit requests before the engine starts; returns what each piece held, and the tokens of each request."""
+    """Submit requests before the engine starts; returns what each piece held, and the events of each request."""
     pieces, answers = [], [[] for _ in requests]
     read = Device.read
 
@@ -165,16 +166,20 @@ def reads(engine, requests, monkeypatch):
         engine.submit(request, answer.append)
     engine.start(wait=True)
     assert engine.drain(60)
-    return pieces, [[t for event in events if isinstance(event, Tokens) for t in event.token_ids] for events in answers]
+    return pieces, answers
+
+
+def tokens_of(answers):
+    return [[t for event in events if isinstance(event, Tokens) for t in event.token_ids] for events in answers]
 
 
 def test_prompts_that_wait_are_read_together(monkeypatch):
     lm = model()
     prompts = [PROMPTS[i] for i in (2, 1, 3, 0)]  # 16, 5, 33, 1 tokens, in pieces of up to 32
     requests = [Request(p, NEW, temperature=0.0) for p in prompts]
-    pieces, tokens = reads(Engine(lm, SMALL), requests, monkeypatch)
+    pieces, answers = reads(Engine(lm, SMALL), requests, monkeypatch)
     assert pieces == [[16, 5, 11], [22, 1]]
-    assert tokens == greedy(lm, prompts)
+    assert tokens_of(answers) == greedy(lm, prompts)
 
 
 def test_prompts_that_begin_alike_are_read_one_after_the_other(monkeypatch):
@@ -182,6 +187,22 @@ def test_prompts_that_begin_alike_are_read_one_after_the_other(monkeypatch):
     prompts = [PROMPTS[4], PROMPTS[4][:40] + PROMPTS[3], PROMPTS[4][:40] + PROMPTS[2]]
     config = dataclasses.replace(SMALL, prefill_piece=128)
     requests = [Request(p, NEW, temperature=0.0) for p in prompts]
-    pieces, tokens = reads(Engine(lm, config), requests, monkeypatch)
+    pieces, answers = reads(Engine(lm, config), requests, monkeypatch)
     assert sum(map(sum, pieces)) == 70 + 33 + 16
-    assert tokens == greedy(lm, prompts)
+    assert tokens_of(answers) == greedy(lm, prompts)
+
+
+def test_only_those_who_ask_get_the_log_probabilities_of_their_prompt(monkeypatch):
+    lm = model()
+    asked = [False, True, False]
+    prompts = [PROMPTS[1], PROMPTS[2], PROMPTS[1][::-1]]
+    requests = [
+        Request(p, 1, prompt_logprobs=a, logprobs=2 if a else None) for p, a in zip(prompts, asked, strict=True)
+    ]
+    pieces, answers = reads(Engine(lm, SMALL), requests, monkeypatch)
+    assert pieces == [[5, 16, 5]]
+    first, second, third = (events[0].logprobs for events in answers)
+    assert (first, third) == ((), ())
+    expected = jax.nn.log_softmax(next_logits(lm, prompts[1]))[np.arange(15), prompts[1][1:]]
+    np.testing.assert_allclose([entry.logprob for entry in second[1:]], expected, atol=1e-5)
+    assert len(second) == 16 and second[0].logprob is None
