@@ -64,7 +64,7 @@ class EngineConfig:
     weights: Literal["stored", "int8"] = "stored"
     """Keep matrices as they were loaded, or as 8-bit integers with a scale for each output: a quarter of the memory."""
     min_shared_prefix: int = 32
-    """Shortest beginning, shared with what a slot holds, that is not read again."""
+    """Shortest beginning that a slot holds and that is not read again, if it is less than half of the prompt."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot work."""

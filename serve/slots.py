@@ -58,7 +58,8 @@ class Slots:
 
     Args:
         count: how many.
-        worth_reuse: shortest beginning that is not read anew: a piece that holds only beginnings takes several.
+        worth_reuse: shortest beginning that is not read anew, if it is less than half of the prompt: several prompts are
+            read in one piece if nothing of them was before.
     """
 
     def __init__(self, count: int, worth_reuse: int) -> None:
@@ -96,12 +97,14 @@ class Slots:
             alike = [slot for slot in self.slots if slot.adapter == adapter]
             found = [(common_prefix(slot.tokens, wanted), not slot.used, slot) for slot in alike]
             shared, _, best = max(found, key=lambda entry: entry[:2], default=(0, True, oldest))
-        if shared < self._worth_reuse:
-            chosen, source, shared = oldest, None, 0
-        elif not best.used and (best is oldest or 2 * shared >= len(best.tokens)):
+        enough = shared >= self._worth_reuse
+        little_lost = best is oldest or 2 * shared >= len(best.tokens)
+        if not best.used and little_lost and (enough or 2 * shared >= len(prompt)):
             chosen, source = best, None
-        else:
+        elif enough:
             chosen, source = oldest, best.number
+        else:
+            chosen, source, shared = oldest, None, 0
         chosen.tokens = list(prompt[:shared])
         chosen.adapter = adapter
         chosen.used = True
