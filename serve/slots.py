@@ -58,8 +58,8 @@ class Slots:
 
     Args:
         count: how many.
-        worth_reuse: shortest beginning that is not read anew, if it is less than half of the prompt: several prompts are
-            read in one piece if nothing of them was before.
+        worth_reuse: shortest beginning that is not read anew, if it is less than half of the prompt. A shorter one
+            costs more than it saves: only prompts of which nothing was read before share a piece.
     """
 
     def __init__(self, count: int, worth_reuse: int) -> None:
