@@ -103,7 +103,8 @@ def _answers(model: Any, *, event: str | None = None) -> dict[str, Any]:
     content: dict[str, Any] = {} if model is not None else {"text/plain": {"schema": {"type": "string"}}}
     if event is not None:
         chunk = {"$ref": f"#/components/schemas/{event}"}
-        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": chunk}
+        json_text = {"type": "string", "contentMediaType": "application/json", "contentSchema": chunk}
+        data = {"anyOf": [{"const": "[DONE]"}, json_text]}
         content["text/event-stream"] = {
             "schema": {"type": "object", "properties": {"data": data}, "required": ["data"]},
         }
