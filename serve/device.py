@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.kernels import present_platform
-from minillm_jax.matmul import LOOPED_OPTIONS
+from minillm_jax.matmul import LOOPED_OPTIONS, LOOPED_ROWS
 from minillm_jax.model import Params, compute_dtype
 from minillm_jax.sharding import mesh_of, on_mesh_of
 from serve import traced
@@ -83,13 +83,12 @@ class Device:
         with ThreadPoolExecutor(2) as pool, on_mesh_of(params):  # one is traced while others are compiled
 
             def build(name: str, size: int, function: Callable[..., Any], donated: int, *arguments: Any) -> None:
-                options = LOOPED_OPTIONS if self._one_cpu and (name, size) == ("decode", 1) else None
+                options = LOOPED_OPTIONS if name == "decode" and self._loops(size) else None
                 lowered = self._lower(functools.partial(function), donated, *arguments)
                 building[(name, size)] = pool.submit(lowered.compile, options)
 
             for b in batches:
-                looped = functools.partial(draw, looped=self._one_cpu and b == 1)
-                build("decode", b, looped, 1, *self._decode_arguments(b))
+                build("decode", b, functools.partial(draw, looped=self._loops(b)), 1, *self._decode_arguments(b))
             for p in pieces:
                 build("read", p, read, 1, *self._piece_arguments(p))
             build("set", 0, set_row, 0, self._state, zero, row.astype(bool), row.astype(np.float32))
@@ -121,6 +120,9 @@ class Device:
     def copy_row(self, source: int, target: int) -> None:
         """Copy what one slot has read to another."""
         self._state = self._programs[("copy", 0)](self._state, np.int32(source), np.int32(target))
+
+    def _loops(self, batch: int) -> bool:
+        return self._one_cpu and batch <= LOOPED_ROWS
 
     def _lower(self, function: functools.partial[Any], donated: int, *arguments: Any) -> jax.stages.Lowered:
         """Lower a program whose state comes out as it went in; what else it returns lies on every device of a mesh."""

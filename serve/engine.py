@@ -228,8 +228,7 @@ class Engine:
         config = self._config
         largest = min(config.prefill_piece, _power_of_two(self._context))
         pieces = sorted({max(largest >> i, 1) for i in range(config.piece_sizes)})
-        powers = (min(1 << i, config.slots) for i in range(config.slots.bit_length() + 1))
-        batches = sorted({b for b in powers if b != 2 or b == config.slots})  # four rows take no longer than two
+        batches = sorted({min(1 << i, config.slots) for i in range(config.slots.bit_length() + 1)})
         params = self._lm.params
         if config.weights == "int8":
             params = jax.jit(quantize)(params)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minillm_jax.matmul import FEW_ROWS, LOOPED_OPTIONS, looped_products, matmul, product
+from minillm_jax.matmul import FEW_ROWS, LOOPED_OPTIONS, LOOPED_ROWS, looped_products, matmul, product
 
 
 def draw(rows, depth=48, width=40):
@@ -31,19 +31,31 @@ def test_gradients_are_those_of_the_plain_product(rows):
 
 
 def looped(x, w):
-    """Return the product of a row as a loop, compiled as the engine compiles it."""
+    """Return the product of few rows as a loop, compiled as the engine compiles it."""
     with looped_products(True):
         lowered = jax.jit(lambda x, w: product(x, w)).lower(x, w)  # a function of its own: traced anew
     assert "dot_general" not in lowered.as_text()
     return lowered.compile(LOOPED_OPTIONS if jax.default_backend() == "cpu" else None)(x, w)
 
 
-@pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48)])
-def test_a_row_as_a_loop(shape):
-    x, w = draw(1)
+@pytest.mark.parametrize("depth", [96, 97])
+def test_long_columns(depth):
+    x, w = draw(16, depth)
+    np.testing.assert_allclose(matmul(x, w), x.astype(np.float64) @ w, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (3, 48), (LOOPED_ROWS, 1, 48)])
+def test_few_rows_as_a_loop(shape):
+    x, w = draw(shape[0])
     y = looped(x.reshape(shape), w)
     assert y.shape == (*shape[:-1], 40)
-    np.testing.assert_allclose(y.reshape(1, -1), x @ w, atol=1e-5)
+    np.testing.assert_allclose(y.reshape(-1, 40), x @ w, atol=1e-5)
+
+
+def test_more_rows_are_no_loop():
+    x, w = draw(LOOPED_ROWS + 1)
+    with looped_products(True):
+        assert "dot_general" in jax.jit(lambda x, w: product(x, w)).lower(x, w).as_text()
 
 
 def test_a_loop_converts_integers_and_adds_up_in_float32():
