@@ -296,6 +296,7 @@ def test_missing_key_is_asked_for_where_the_reply_would_be(chromium, scripted):
 def test_refusal_is_shown_where_the_reply_would_be(chromium, scripted, status, headers, words, label):
     scripted.replies = [refused(status, "the reason", **headers), spoken("at last")]
     with opened(chromium, scripted, REFUSED + str(status)) as page:
+        ready(page)
         say(page, "Hello")
         expect(page.get_by_role("alert").filter(has_text=words)).to_be_visible()
         page.get_by_role("button", name=label, exact=True).click()
