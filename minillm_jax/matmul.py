@@ -73,7 +73,8 @@ def _columns_product(x: jax.Array, w: jax.Array) -> jax.Array:
     if x.shape[0] < 16 or w.shape[0] < 2 * w.shape[1] or w.shape[0] % 4 > 0:
         return jax.lax.dot_general(columns, w, (((0,), (0,)), ((), ())))
     columns, w = (each.reshape(4, -1, each.shape[1]) for each in (columns, w))
-    return jax.lax.dot_general(columns, w, (((1,), (1,)), ((0,), (0,)))).sum(0)
+    parts = jax.lax.dot_general(columns, w, (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return parts.sum(0).astype(x.dtype)
 
 
 @contextmanager

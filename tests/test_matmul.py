@@ -42,6 +42,10 @@ def looped(x, w):
 def test_long_columns(depth):
     x, w = draw(16, depth)
     np.testing.assert_allclose(matmul(x, w), x.astype(np.float64) @ w, atol=1e-5)
+    half, matrix = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
+    y = matmul(half, matrix)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(np.float32), half.astype(np.float32) @ matrix.astype(np.float32), 2**-7, 0.02)
 
 
 @pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (3, 48), (LOOPED_ROWS, 1, 48)])

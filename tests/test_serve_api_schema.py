@@ -1,6 +1,6 @@
 """The server holds what its OpenAPI document promises, whatever schemathesis makes up: no 5xx, no other form of answer.
 
-A bounded run; a long one is `SCHEMATHESIS_EXAMPLES=2000 python -m pytest tests/test_serve_api_schema.py`.
+A bounded run; a long one is `SCHEMATHESIS_EXAMPLES=1000 pytest -m slow tests/test_serve_api_schema.py`.
 """
 
 import os
