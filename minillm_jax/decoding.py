@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.lora import choose_adapters
 from minillm_jax.matmul import looped_products
 from minillm_jax.model import GATE_UP, QKV, Block, Params, RMSNorm, Shared, compute_dtype, unembed
-from minillm_jax.rope import rope_tables
 from minillm_jax.sharding import mesh_of
 from minillm_jax.slots import Fresh, LayerSlots, SlotCache
 
@@ -78,6 +78,14 @@ def _layer(
     return x, slots
 
 
+def _run_picked(
+    run: Callable[..., tuple[jax.Array, LayerSlots]], picked: jax.Array, layer: Params, x: jax.Array, slots: LayerSlots
+) -> tuple[jax.Array, LayerSlots]:
+    """Run a layer for picked tokens, and leave what came in in the places of the others."""
+    some, slots = run(layer, x, dataclasses.replace(slots, picked=picked))
+    return x.at[:, picked].set(some), dataclasses.replace(slots, picked=None)
+
+
 def forward_slots(
     params: Params,
     config: ModelConfig,
@@ -89,8 +97,10 @@ def forward_slots(
     lengths: jax.Array,
     index: jax.Array,
     blocks: jax.Array,
-    positions: jax.Array | None = None,
+    rope: tuple[jax.Array, jax.Array],
     segment_ids: jax.Array | None = None,
+    picked: jax.Array | None = None,
+    whole: jax.Array | bool = True,
     compute: ComputeConfig = ComputeConfig(),
     looped: bool = False,
 ) -> tuple[jax.Array, Fresh]:
@@ -106,29 +116,32 @@ def forward_slots(
         lengths: `[B]` stored tokens of each row.
         index: scalar.
         blocks: scalar, blocks of `slots.BLOCK` tokens that cover the longest row.
-        positions: `[B, T]`; None counts on from each row's length.
+        rope: cosines and sines `[B, T, 1, H/2]` of the tokens' positions, from `rope.rope_tables`. What is computed in
+            the loop that runs this, XLA computes again in every layer.
         segment_ids: `[B, T]`, where the tokens of a row are several texts; see `slots.LayerSlots`.
+        picked: `[P]` places of the tokens whose hidden states are wanted, unless `whole`: the last layer computes no
+            others, which mean nothing.
+        whole: scalar bool, whether all hidden states are wanted.
         compute: dtype of activations.
         looped: write products of a single row as loops, see `matmul.looped_products`.
 
     Returns:
         `[B, T, D]` final hidden states, normalised, and the fresh tokens with these among them.
     """
-    batch, length = tokens.shape
-    if positions is None:
-        positions = lengths[:, None] + index + jnp.arange(length)
-    ones = jnp.ones((batch, length), jnp.int32)
-    cos, sin = rope_tables(positions, config)
-    shared = Shared(cos, sin, positions, ones, positions, ones, index, branched=False)
+    ones = jnp.ones(tokens.shape, jnp.int32)
+    shared = Shared(*rope, ones, ones, ones, ones, index, branched=False)
     x = params["embed_tokens"]["embedding"][tokens].astype(compute_dtype(compute))
-    new_k, new_v = [], []
+    run = functools.partial(_layer, shared=shared, config=config, compute=compute, looped=looped)
+    new = []
     for i, layer in enumerate(params["layers"]):
         slots = LayerSlots(cache.k[i], cache.v[i], fresh.k[i], fresh.v[i], rows, lengths, blocks, index, segment_ids)
-        x, slots = _layer(layer, x, slots, shared, config=config, compute=compute, looped=looped)
-        new_k.append(slots.fresh_k)
-        new_v.append(slots.fresh_v)
+        if picked is None or i + 1 < len(params["layers"]):
+            x, slots = run(layer, x, slots)
+        else:
+            x, slots = jax.lax.cond(whole, run, functools.partial(_run_picked, run, picked), layer, x, slots)
+        new.append((slots.fresh_k, slots.fresh_v))
     x = RMSNorm(config.rms_norm_eps).apply({"params": params["norm"]}, x)
-    return x, Fresh(tuple(new_k), tuple(new_v))
+    return x, Fresh(*zip(*new, strict=True))
 
 
 def unembed_slots(params: Params, config: ModelConfig, hidden: jax.Array, looped: bool = False) -> jax.Array:

@@ -22,12 +22,16 @@ from minillm_jax.kernels import announce, platform, present_platform, trial
 from minillm_jax.matmul_blocked import blocked_matmul
 from minillm_jax.matmul_kernels import KERNELS, refusal
 
-FEW_ROWS = 64
+FEW_ROWS = 32
 """Most rows of a product that are written as columns on CPU."""
 LOOPED_ROWS = 4
 """Most rows of a product that can be written as a loop."""
 UNROLL = 8
 """Rows of the weights that a loop reads side by side: more are no longer vectorised."""
+LOOPED_SIZE = 1024
+"""Largest matrix of a batch whose product is written as a loop: calling YNNPACK takes longer."""
+CONVERTED_COLUMNS = 256
+"""Most columns of integers that are converted at once."""
 LOOPED_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
 """Options of the compiler that keep loops over elements out of YNNPACK."""
 
@@ -58,10 +62,32 @@ def product(x: jax.Array, w: jax.Array) -> jax.Array:
     rows = math.prod(x.shape[:-1]) if w.ndim == 2 else 0
     if 1 <= rows <= LOOPED_ROWS and _looped.get() and w.shape[0] % UNROLL == 0:
         return _looped_product(x.reshape(rows, -1), w).astype(x.dtype).reshape(*x.shape[:-1], -1)
-    w = w.astype(x.dtype)
-    if not 1 < rows <= FEW_ROWS or platform() != "cpu":
+    on_cpu = platform() == "cpu"
+    if on_cpu and rows > 0 and jnp.issubdtype(w.dtype, jnp.integer):
+        return _converted_product(x.reshape(rows, -1), w).reshape(*x.shape[:-1], -1)
+    return _plain_product(x, w.astype(x.dtype), on_cpu and 1 < rows <= FEW_ROWS)
+
+
+def _plain_product(x: jax.Array, w: jax.Array, few_rows: bool) -> jax.Array:
+    if not few_rows:
         return x @ w
-    return _columns_product(x.reshape(rows, -1), w).reshape(*x.shape[:-1], -1)
+    return _columns_product(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
+
+
+def _converted_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply `[R, D]` by integers `[D, F]`, some columns after the other.
+
+    Converted as a whole, the weights of all layers lie in memory at once, and in fresh pages at every call.
+    """
+    width = math.gcd(w.shape[1], CONVERTED_COLUMNS)
+    width = width if width >= 64 else w.shape[1]
+
+    def part(i: jax.Array, y: jax.Array) -> jax.Array:
+        columns = jax.lax.dynamic_slice_in_dim(w, i * width, width, 1).astype(x.dtype)
+        some = _plain_product(x, columns, 1 < x.shape[0] <= FEW_ROWS)
+        return jax.lax.dynamic_update_slice_in_dim(y, some, i * width, 1)
+
+    return jax.lax.fori_loop(0, w.shape[1] // width, part, jnp.zeros((x.shape[0], w.shape[1]), x.dtype))
 
 
 def _columns_product(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -95,10 +121,19 @@ def looped_products(wanted: bool) -> Iterator[None]:
 def _looped_product(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiply `[R, D]` by `[D, F]` in float32, `UNROLL` rows of w at once."""
     x, w = jax.lax.optimization_barrier((x, w))  # or what made x is made again, and w converted outside, to be kept
-    factors = x.T.reshape(-1, UNROLL, x.shape[0], 1).astype(jnp.float32)
-    blocks = w.reshape(-1, UNROLL, 1, w.shape[1]).astype(jnp.float32)  # [D / 8, 8, 1, F]
-    sums = sum(factors[:, i] * blocks[:, i] for i in range(UNROLL))
+    near = 1 if w.dtype == jnp.int8 else 2
+    far = UNROLL // near
+    factors = x.T.reshape(far, -1, near, x.shape[0], 1).astype(jnp.float32)
+    blocks = w.reshape(far, -1, near, 1, w.shape[1]).astype(jnp.float32)
+    sums = sum(factors[i, :, j] * blocks[i, :, j] for i in range(far) for j in range(near))  # [D / 8, R, F]
     return jax.lax.optimization_barrier(sums).sum(0)  # or the compiler sums one by one
+
+
+def batched_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply `[..., Q, D]` by `[..., D, F]` in float32; small matrices as a loop too, where those are wanted."""
+    if _looped.get() and math.prod(w.shape[-2:]) <= LOOPED_SIZE:
+        return (x.astype(jnp.float32)[..., None] * w.astype(jnp.float32)[..., None, :, :]).sum(-2)
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
 
 
 def _matmul_bwd(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:

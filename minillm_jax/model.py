@@ -169,7 +169,7 @@ class SelfAttention(nn.Module):
         else:
             y, kv = self._attend(q, k, v, kv, shared, layer)
         out_std = std / math.sqrt(2 * c.num_hidden_layers)
-        y = Linear(c.hidden_size, ("heads", "embed"), out_std, name="o_proj")(y.reshape(batch, length, -1))
+        y = Linear(c.hidden_size, ("heads", "embed"), out_std, name="o_proj")(y.reshape(*y.shape[:2], -1))
         return y, kv
 
     def _attend(
@@ -298,12 +298,15 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             y = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
             y, kv = SelfAttention(c, self.compute, name="self_attn")(y, kv, shared, layer)
+            segment_ids = shared.segment_ids
+            if isinstance(kv, LayerSlots):
+                x, segment_ids = kv.pick(x), kv.pick(segment_ids)
             x = constrain(x + dropout(y), "batch", None, None)
         routed = None
         with jax.named_scope("mlp"):
             y = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
             if c.use_moe:
-                y, *routed = MoE(c, name="mlp")(y, shared.segment_ids)
+                y, *routed = MoE(c, name="mlp")(y, segment_ids)
             else:
                 y = MLP(c.mlp_size, c, name="mlp")(y)
             x = constrain(x + dropout(y), "batch", None, None)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from minillm_jax.attention import MASKED
 from minillm_jax.config import ModelConfig
+from minillm_jax.matmul import batched_product
 from minillm_jax.sharding import constrain
 
 BLOCK = 128
@@ -69,6 +70,7 @@ class LayerSlots:
         index: scalar, place in the fresh buffer of the call's first token.
         segment_ids: `[B, T]`, where the call's tokens are several texts, each of which sees itself alone; what is
             stored is the beginning of those numbered 1. None: all are.
+        picked: `[P]` places of the call's tokens whose outputs are wanted, which suffices in the last layer. None: all.
     """
 
     k: jax.Array
@@ -80,6 +82,11 @@ class LayerSlots:
     blocks: jax.Array
     index: jax.Array
     segment_ids: jax.Array | None = None
+    picked: jax.Array | None = None
+
+    def pick(self, x: jax.Array) -> jax.Array:
+        """Take the picked tokens, `[B, P, ...]`, out of `[B, T, ...]`."""
+        return x if self.picked is None else x[:, self.picked]
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerSlots]:
         """Add T tokens to the fresh ones and let them see their row's stored tokens, the fresh before, and themselves.
@@ -92,8 +99,10 @@ class LayerSlots:
             v: `[B, K, T, H]` values.
 
         Returns:
-            `[B, T, N, H]`, and this with the tokens added.
+            `[B, T, N, H]`, or `[B, P, N, H]` of picked tokens, and this with all tokens added.
         """
+        places = self.picked if self.picked is not None else jnp.arange(q.shape[1])
+        q = self.pick(q)
         batch, length, heads, size = q.shape
         groups = k.shape[1]
         zero = jnp.zeros((), jnp.int32)
@@ -102,11 +111,12 @@ class LayerSlots:
         fresh_v = jax.lax.dynamic_update_slice(self.fresh_v, v.astype(dtype), (zero, zero, self.index, zero))
         scaled = (q * (1.0 / math.sqrt(size))).reshape(batch, length, groups, heads // groups, size)
         stacked = scaled.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, size)  # [B, K, G * T, H]
-        causal = jnp.arange(fresh_k.shape[3])[None, :] <= self.index + jnp.arange(length)[:, None]  # [T, C]
+        causal = jnp.arange(fresh_k.shape[3])[None, :] <= self.index + places[:, None]  # [T, C]
         causal, follows = causal[None], jnp.ones((1, length), bool)
         if self.segment_ids is not None:  # all fresh tokens are of this call
-            causal &= self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
-            follows = self.segment_ids == 1
+            segment_ids = self.pick(self.segment_ids)
+            causal &= segment_ids[:, :, None] == self.segment_ids[:, None, :]
+            follows = segment_ids == 1
         causal = jnp.tile(causal, (1, heads // groups, 1))[:, None]  # [B, 1, G * T, C]
         follows = jnp.tile(follows, (1, heads // groups))[:, None, :, None]  # [B, 1, G * T, 1]
         shape = stacked.shape[:-1]
@@ -134,12 +144,12 @@ class LayerSlots:
 def _accumulate(partial: _Partial, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> _Partial:
     """One more block of keys `[B, K, H, s]`: top score and sum `[B, K, Q]`, weighted values `[B, K, Q, H]`."""
     top, total, out = partial
-    scores = jnp.einsum("bkqh,bkhs->bkqs", q, k, preferred_element_type=jnp.float32)
+    scores = batched_product(q, k)
     scores = jnp.where(visible, scores, MASKED)
     new_top = jnp.maximum(top, scores.max(-1))
     weights = jnp.exp(scores - new_top[..., None])
     shrink = jnp.exp(top - new_top)
-    more = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    more = batched_product(weights.astype(v.dtype), v)
     return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + more
 
 

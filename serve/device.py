@@ -95,13 +95,15 @@ class Device:
             build("copy", 0, copy_row, 0, self._state, zero, zero)
         self._programs = {name: future.result() for name, future in building.items()}
 
-    def read(self, tokens: np.ndarray, targets: np.ndarray, segments: Segments, score: bool, adapter: int) -> Piece:
+    def read(
+        self, tokens: np.ndarray, targets: np.ndarray, segments: Segments, *, score: bool, whole: bool, adapter: int
+    ) -> Piece:
         """Read up to the largest piece of tokens; see `read_piece`."""
         size = next(p for p in self.pieces if p >= len(tokens))
         padded = np.zeros((2, size), np.int32)
         padded[0, : len(tokens)], padded[1, : len(targets)] = tokens, targets
-        program = self._programs[("read", size)]
-        self._state, piece = program(self.params, self._state, *padded, segments, np.bool_(score), np.int32(adapter))
+        settings = np.bool_(score), np.bool_(whole), np.int32(adapter)
+        self._state, piece = self._programs[("read", size)](self.params, self._state, *padded, segments, *settings)
         return piece
 
     def decode(self, rows: Rows, steps: int, mask: np.ndarray | None = None) -> Chunk:
@@ -136,7 +138,7 @@ class Device:
 
     def _piece_arguments(self, size: int) -> tuple[Any, ...]:
         tokens, no = np.zeros(size, np.int32), np.zeros((), bool)
-        return self.params, self._state, tokens, tokens, segments_of([]), no, np.zeros((), np.int32)
+        return self.params, self._state, tokens, tokens, segments_of([]), no, no, np.zeros((), np.int32)
 
     def _decode_arguments(self, batch: int) -> tuple[Any, ...]:
         zero = np.zeros((), np.int32)

@@ -55,8 +55,8 @@ class EngineConfig:
     """Decoding steps between two looks at the queue: more is faster, fewer lets new requests begin sooner."""
     prefill_piece: int = 256
     """Most tokens of prompts that are read between two chunks of decoding."""
-    piece_sizes: int = 4
-    """Sizes of what is read at once, each half of the one before: fewer are compiled sooner, more pad less."""
+    piece_sizes: int = 8
+    """Sizes of what is read at once, in equal steps: fewer are compiled sooner, more pad less."""
     max_queue: int = 256
     """Requests that may wait."""
     max_queue_tokens: int = 262_144
@@ -227,7 +227,7 @@ class Engine:
     def _compile(self) -> Device:
         config = self._config
         largest = min(config.prefill_piece, _power_of_two(self._context))
-        pieces = sorted({max(largest >> i, 1) for i in range(config.piece_sizes)})
+        pieces = sorted({-(-largest * (i + 1) // config.piece_sizes) for i in range(config.piece_sizes)})
         batches = sorted({min(1 << i, config.slots) for i in range(config.slots.bit_length() + 1)})
         params = self._lm.params
         if config.weights == "int8":
@@ -352,14 +352,15 @@ class Engine:
     def _read_piece(self, parts: Sequence[Part]) -> None:
         tokens = [token for part in parts for token in part.live.prompt[part.start : part.end]]
         score = any(part.live.entry.request.prompt_logprobs for part in parts)
+        wanted = score or any(part.live.entry.pooled is not None for part in parts)
         piece = self._device.read(
             np.asarray(tokens),
             np.asarray([token for part in parts for token in part.targets]),
             segments_of([(part.live.slot.number, part.start, len(part)) for part in parts]),
-            score,
-            parts[0].live.adapter,
+            score=score,
+            whole=wanted,
+            adapter=parts[0].live.adapter,
         )
-        wanted = score or any(part.live.entry.pooled is not None for part in parts)
 
         def deliver() -> None:
             host: Piece | None = jax.device_get(piece) if wanted else None

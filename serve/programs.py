@@ -17,6 +17,7 @@ import numpy as np
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.decoding import choose, forward_slots, unembed_slots
 from minillm_jax.model import Params, compute_dtype
+from minillm_jax.rope import rope_tables
 from minillm_jax.sampling import Penalties, SamplingArrays, penalize, sample
 from minillm_jax.slots import BLOCK, Fresh, SlotCache, copy_slot, init_fresh, init_slots, shift, store
 
@@ -118,7 +119,7 @@ class Piece:
     """What reading one piece of P tokens gave.
 
     Attributes:
-        hidden: `[SEGMENTS, D]` float32, the sum of each segment's final hidden states.
+        hidden: `[SEGMENTS, D]` float32, the sum of each segment's final hidden states, if asked.
         logprobs: `[P]`, if asked.
     """
 
@@ -161,6 +162,7 @@ def read_piece(
     targets: jax.Array,
     segments: Segments,
     score: jax.Array,
+    whole: jax.Array,
     adapter: jax.Array,
     *,
     config: ModelConfig,
@@ -175,6 +177,7 @@ def read_piece(
         targets: `[P]` the tokens that follow them, whose log-probabilities are meant by `score`.
         segments: whose tokens these are.
         score: scalar bool.
+        whole: scalar bool, whether all hidden states are wanted, for `score` or their sum, or only each segment's last.
         adapter: scalar, number of the adapter.
         config: the model's shape.
         compute: dtype.
@@ -187,21 +190,23 @@ def read_piece(
     member = (place[:, None] >= firsts) & (place[:, None] < ends)  # [P, SEGMENTS]
     segment_ids = jnp.where(member, 1 + jnp.arange(SEGMENTS), 0).sum(-1)
     positions = place + jnp.where(member, segments.starts - firsts, 0).sum(-1)
+    rope = rope_tables(positions[None], config)
     rows, lengths = segments.slots[:1], segments.starts[:1]
 
-    def run(_: jax.Array, carry: tuple[jax.Array, Fresh]) -> tuple[jax.Array, Fresh]:
+    def run() -> tuple[jax.Array, Fresh]:
         hidden, fresh = forward_slots(
-            params, config, tokens[None], cache=state.cache, fresh=carry[1], rows=rows, lengths=lengths,
-            index=jnp.zeros((), jnp.int32), blocks=_blocks(lengths), positions=positions[None],
-            segment_ids=segment_ids[None], compute=compute,
+            params, config, tokens[None], cache=state.cache, fresh=init_fresh(state.cache, 1, size), rows=rows,
+            lengths=lengths, index=jnp.zeros((), jnp.int32), blocks=_blocks(lengths), rope=rope,
+            segment_ids=segment_ids[None], picked=ends - 1, whole=whole, compute=compute,
         )  # fmt: skip
         return hidden[0], fresh
 
-    # A loop of one iteration, whose number XLA cannot know: it keeps all reading of the cache before the writing, which
+    def nothing() -> tuple[jax.Array, Fresh]:
+        return jnp.zeros((size, config.hidden_size), compute_dtype(compute)), init_fresh(state.cache, 1, size)
+
+    # A condition that always holds, which XLA cannot know: it keeps all reading of the cache before the writing, which
     # otherwise goes to a copy of it.
-    hidden = jnp.zeros((size, config.hidden_size), compute_dtype(compute))  # [P, D]
-    fresh = init_fresh(state.cache, 1, size)
-    hidden, fresh = jax.lax.fori_loop(0, jnp.minimum(ends[-1], 1), run, (hidden, fresh))
+    hidden, fresh = jax.lax.cond(ends[-1] > 0, run, nothing)  # [P, D]
 
     def scored() -> Logprobs:
         return token_logprobs(unembed_slots(params, config, hidden), targets, score)
@@ -261,6 +266,7 @@ def decode(
     keys = jax.vmap(_row_key)(rows.seeds)
     ends = jnp.asarray(eos_token_ids, jnp.int32)
     blocks = _blocks(rows.lengths)
+    rope = rope_tables(rows.lengths[:, None] + jnp.arange(chunk), config)
     bias = state.bias[rows.slots]
     any_logprobs = rows.logprobs.any()
 
@@ -272,7 +278,8 @@ def decode(
         logprobs = token_logprobs(logits, tokens, any_logprobs)
         hidden, fresh = forward_slots(
             params, config, tokens[:, None], cache=state.cache, fresh=carry["fresh"], rows=rows.slots,
-            lengths=rows.lengths, index=i, blocks=blocks, compute=compute, looped=looped,
+            lengths=rows.lengths, index=i, blocks=blocks, rope=jax.tree.map(lambda x: x[:, i][:, None], rope),
+            compute=compute, looped=looped,
         )  # fmt: skip
         each = jnp.arange(batch)
         ended = (tokens[:, None] == ends).any(-1) & ~rows.ignore_eos

@@ -157,9 +157,9 @@ def reads(engine, requests, monkeypatch):
     pieces, answers = [], [[] for _ in requests]
     read = Device.read
 
-    def count(self, tokens, targets, segments, *rest):
+    def count(self, tokens, targets, segments, **asked):
         pieces.append([n for n in segments.counts.tolist() if n])
-        return read(self, tokens, targets, segments, *rest)
+        return read(self, tokens, targets, segments, **asked)
 
     monkeypatch.setattr(Device, "read", count)
     for request, answer in zip(requests, answers, strict=True):

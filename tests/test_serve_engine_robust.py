@@ -128,7 +128,7 @@ def test_draining_lets_everything_end(engine):
 
 @pytest.mark.parametrize("method", ["read", "decode"])
 def test_a_failing_device_ends_everything_with_an_error(engine, method):
-    def fail(*arguments):
+    def fail(*arguments, **settings):
         raise RuntimeError("the device is on fire")
 
     slowed(engine)
