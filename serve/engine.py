@@ -432,7 +432,7 @@ class Engine:
 
     def _take_chunk(self, live: list[Live], chunk: Chunk) -> None:
         wanted = any(each.entry.request.logprobs is not None for each in live)
-        tokens, steps = jax.device_get((chunk.tokens, chunk.steps))
+        tokens, steps = np.asarray(chunk.tokens), int(chunk.steps)  # faster than `jax.device_get`
         logprobs = jax.device_get(chunk.logprobs) if wanted else None
         for i, each in enumerate(live):
             own = None if logprobs is None else _host(jax.tree.map(lambda leaf: leaf[:, i], logprobs))  # noqa: B023

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minillm_jax.matmul import FEW_ROWS, LOOPED_OPTIONS, LOOPED_ROWS, looped_products, matmul, product
+from minillm_jax.matmul import (
+    CONVERTED_COLUMNS,
+    FEW_ROWS,
+    LOOPED_OPTIONS,
+    LOOPED_ROWS,
+    LOOPED_SIZE,
+    batched_product,
+    looped_products,
+    matmul,
+    product,
+)
 
 
 def draw(rows, depth=48, width=40):
@@ -54,6 +64,37 @@ def test_few_rows_as_a_loop(shape):
     y = looped(x.reshape(shape), w)
     assert y.shape == (*shape[:-1], 40)
     np.testing.assert_allclose(y.reshape(-1, 40), x @ w, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [8, 96, 1408])
+def test_loops_of_any_depth_add_up_all_parts(depth):
+    x, w = draw(2, depth)
+    np.testing.assert_allclose(looped(x, w), x.astype(np.float64) @ w, atol=1e-4)
+    steps = np.round(w * 40).astype(np.int8)
+    np.testing.assert_allclose(looped(x, steps), x.astype(np.float64) @ steps, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("width", [3 * CONVERTED_COLUMNS, CONVERTED_COLUMNS // 2, 5 * 64, 40])
+@pytest.mark.parametrize("rows", [1, 7, FEW_ROWS + 1])
+def test_integers_are_converted_some_columns_at_a_time(rows, width):
+    x, w = draw(rows, width=width)
+    steps = np.round(w * 40).astype(np.int8)
+    multiply = jax.jit(product)
+    np.testing.assert_allclose(multiply(x[None], steps)[0], x.astype(np.float64) @ steps, rtol=1e-5, atol=1e-3)
+    assert multiply(jnp.asarray(x, jnp.bfloat16), steps).dtype == jnp.bfloat16
+    whole = f"f32[{x.shape[1]},{width}]"
+    assert width < CONVERTED_COLUMNS or whole not in multiply.lower(x, steps).compile().as_text()
+
+
+@pytest.mark.parametrize("depth", [8, 200])
+def test_products_of_a_batch_of_small_and_large_matrices(depth):
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 3, 4, depth), np.float32), rng.standard_normal((2, 3, depth, 16), np.float32)
+    for wanted in (False, True):
+        with looped_products(wanted):
+            lowered = jax.jit(lambda x, w: batched_product(x, w)).lower(x, w)
+        assert ("dot_general" in lowered.as_text()) == (not wanted or depth * 16 > LOOPED_SIZE)
+        np.testing.assert_allclose(lowered.compile()(x, w), x.astype(np.float64) @ w, atol=1e-4)
 
 
 def test_more_rows_are_no_loop():
