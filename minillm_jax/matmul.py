@@ -127,7 +127,8 @@ def _looped_product(x: jax.Array, w: jax.Array) -> jax.Array:
     far = UNROLL // near
     factors = x.T.reshape(far, -1, near, x.shape[0], 1).astype(jnp.float32)
     rows = w.reshape(far, -1, near, 1, w.shape[1]).astype(jnp.float32)
-    sums = sum(factors[i, :, j] * rows[i, :, j] for i in range(far) for j in range(near))  # [D / 8, R, F]
+    products = (factors[i, :, j] * rows[i, :, j] for i in range(far) for j in range(near))
+    sums = functools.reduce(jnp.add, products)  # [D / 8, R, F]
     # A plain sum would become one loop with the products, which are then multiplied one by one.
     window = (math.gcd(sums.shape[0], 16), 1, 1)
     return jax.lax.reduce_window(sums, 0.0, jax.lax.add, window, window, "valid").sum(0)

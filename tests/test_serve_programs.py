@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import DENSE
 
 from minillm_jax.config import ComputeConfig
 from minillm_jax.decoding import split_layers
 from minillm_jax.model import forward, forward_hidden, init_params
 from serve.programs import init_state, read_piece, segments_of
-from tests.engines import DENSE
 
 SIZE = 24
 MOE = dataclasses.replace(DENSE, use_moe=True, num_experts=3)
