@@ -24,8 +24,8 @@ from minillm_jax.matmul_kernels import KERNELS, refusal
 
 FEW_ROWS = 32
 """Most rows of a product that are written as columns on CPU."""
-LOOPED_ROWS = 4
-"""Most rows of a product that can be written as a loop."""
+LOOPED_ROWS, LOOPED_INT8_ROWS = 4, 8
+"""Most rows of a product that can be written as a loop, with weights of float32 and of int8."""
 UNROLL = 8
 """Rows of the weights that a loop reads side by side: more are no longer vectorised."""
 LOOPED_SIZE = 1024
@@ -60,7 +60,7 @@ def product(x: jax.Array, w: jax.Array) -> jax.Array:
     1.8 times as fast with 4 to 32 rows. (64 rows take a fifth longer that way.)
     """
     rows = math.prod(x.shape[:-1]) if w.ndim == 2 else 0
-    if 1 <= rows <= LOOPED_ROWS and _looped.get() and w.shape[0] % UNROLL == 0:
+    if 1 <= rows <= looped_rows(w.dtype) and _looped.get() and w.shape[0] % UNROLL == 0:
         return _looped_product(x.reshape(rows, -1), w).astype(x.dtype).reshape(*x.shape[:-1], -1)
     on_cpu = platform() == "cpu"
     if on_cpu and rows > 0 and jnp.issubdtype(w.dtype, jnp.integer) and jax.sharding.get_abstract_mesh().empty:
@@ -101,9 +101,14 @@ def _columns_product(x: jax.Array, w: jax.Array) -> jax.Array:
     return parts.sum(0).astype(x.dtype)
 
 
+def looped_rows(dtype: jnp.dtype) -> int:
+    """Count the most rows of a product with weights of this dtype that can be written as a loop."""
+    return LOOPED_INT8_ROWS if dtype == jnp.int8 else LOOPED_ROWS
+
+
 @contextmanager
 def looped_products(wanted: bool) -> Iterator[None]:
-    """Write products of up to `LOOPED_ROWS` rows as loops, in what is traced here.
+    """Write products of up to `looped_rows` as loops, in what is traced here.
 
     It must be compiled with `LOOPED_OPTIONS`. Such a product takes little longer than reading the weights, which XLA's
     own leaves to one core for a single row, and packs first for more. A loop over elements is shared by all cores, and

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from minillm_jax.config import ComputeConfig, ModelConfig
 from minillm_jax.kernels import present_platform
-from minillm_jax.matmul import LOOPED_OPTIONS, LOOPED_ROWS
+from minillm_jax.matmul import LOOPED_OPTIONS, looped_rows
 from minillm_jax.model import Params, compute_dtype
 from minillm_jax.sharding import mesh_of, on_mesh_of
 from serve import traced
@@ -67,6 +67,7 @@ class Device:
         compute = ComputeConfig()
         self._mesh = mesh_of(params)
         self._one_cpu = self._mesh is None and present_platform() == "cpu"
+        self._looped_rows = max(looped_rows(leaf.dtype) for leaf in jax.tree.leaves(params)) if self._one_cpu else 0
         with on_mesh_of(params):
             make = jax.jit(init_state, static_argnums=(0, 1, 2, 3))
             self._state = make(config, slots, length, compute_dtype(compute))
@@ -124,7 +125,7 @@ class Device:
         self._state = self._programs[("copy", 0)](self._state, np.int32(source), np.int32(target))
 
     def _loops(self, batch: int) -> bool:
-        return self._one_cpu and batch <= LOOPED_ROWS
+        return batch <= self._looped_rows
 
     def _lower(self, function: functools.partial[Any], donated: int, *arguments: Any) -> jax.stages.Lowered:
         """Lower a program whose state comes out as it went in; what else it returns lies on every device of a mesh."""

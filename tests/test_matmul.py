@@ -13,6 +13,7 @@ from minillm_jax.matmul import (
     LOOPED_SIZE,
     batched_product,
     looped_products,
+    looped_rows,
     matmul,
     product,
 )
@@ -97,10 +98,13 @@ def test_products_of_a_batch_of_small_and_large_matrices(depth):
         np.testing.assert_allclose(lowered.compile()(x, w), x.astype(np.float64) @ w, atol=1e-4)
 
 
-def test_more_rows_are_no_loop():
-    x, w = draw(LOOPED_ROWS + 1)
+@pytest.mark.parametrize("dtype", [np.float32, np.int8])
+def test_more_rows_are_no_loop(dtype):
+    most = looped_rows(np.dtype(dtype))
+    x, w = draw(most + 1)
+    assert looped(x[:most], w.astype(dtype)).shape == (most, 40)
     with looped_products(True):
-        assert "dot_general" in jax.jit(lambda x, w: product(x, w)).lower(x, w).as_text()
+        assert "dot_general" in jax.jit(lambda x, w: product(x, w)).lower(x, w.astype(dtype)).as_text()
 
 
 def test_a_loop_converts_integers_and_adds_up_in_float32():
