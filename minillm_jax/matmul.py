@@ -136,7 +136,7 @@ def _looped_product(x: jax.Array, w: jax.Array) -> jax.Array:
     sums = functools.reduce(jnp.add, products)  # [D / 8, R, F]
     # A plain sum would become one loop with the products, which are then multiplied one by one.
     window = (math.gcd(sums.shape[0], 16), 1, 1)
-    return jax.lax.reduce_window(sums, 0.0, jax.lax.add, window, window, "valid").sum(0)
+    return jax.lax.reduce_window(sums, 0.0, jax.lax.add, window, window, "VALID").sum(0)
 
 
 def batched_product(x: jax.Array, w: jax.Array) -> jax.Array:
