@@ -116,8 +116,8 @@ def forward_slots(
         lengths: `[B]` stored tokens of each row.
         index: scalar.
         blocks: scalar, blocks of `slots.BLOCK` tokens that cover the longest row.
-        rope: cosines and sines `[B, T, 1, H/2]` of the tokens' positions, from `rope.rope_tables`; made outside the loop
-            that runs this, for what is made inside XLA makes anew in every layer.
+        rope: cosines and sines `[B, T, 1, H/2]` of the tokens' positions, from `rope.rope_tables`; made outside of a
+            loop that runs this, or XLA makes them anew in every layer.
         segment_ids: `[B, T]`, where the tokens of a row are several texts; see `slots.LayerSlots`.
         picked: `[P]` places of the tokens whose hidden states are wanted, unless `whole`: the last layer computes no
             others, which mean nothing.
