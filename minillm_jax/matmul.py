@@ -27,7 +27,7 @@ FEW_ROWS = 32
 LOOPED_ROWS, LOOPED_INT8_ROWS = 4, 8
 """Most rows of a product that can be written as a loop, with weights of float32 and of int8."""
 UNROLL = 8
-"""Rows of the weights that a loop reads side by side: more are no longer vectorised."""
+"""Rows of the weights that a loop reads side by side: more gain nothing, and of int8 are no longer vectorised."""
 LOOPED_SIZE = 1024
 """Largest matrix of a batch whose product is written as a loop: calling YNNPACK takes longer."""
 CONVERTED_COLUMNS = 256
@@ -122,10 +122,10 @@ def looped_products(wanted: bool) -> Iterator[None]:
 
 
 def _looped_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply `[R, D]` by `[D, F]` in float32, `UNROLL` rows of w at once, from as many far parts of it.
+    """Multiply `[R, D]` by `[D, F]` in float32, `UNROLL` rows of w at once, which lie far apart.
 
-    So memory is read in long streams: rows of int8 take three quarters of the time that neighbours would, those of
-    float32 a little less if they go in pairs.
+    So memory is read in long streams, as many as there are rows of int8, whose products take three quarters of the time
+    that neighbours would. Rows of float32 go in pairs, which saves a few percent.
     """
     x, w = jax.lax.optimization_barrier((x, w))  # or what made x is made again, and w converted outside, to be kept
     near = 1 if w.dtype == jnp.int8 else 2
@@ -134,7 +134,7 @@ def _looped_product(x: jax.Array, w: jax.Array) -> jax.Array:
     rows = w.reshape(far, -1, near, 1, w.shape[1]).astype(jnp.float32)
     products = (factors[i, :, j] * rows[i, :, j] for i in range(far) for j in range(near))
     sums = functools.reduce(jnp.add, products)  # [D / 8, R, F]
-    # A plain sum would become one loop with the products, which are then multiplied one by one.
+    # A plain sum of few would become one loop with the products, which is then not vectorised.
     window = (math.gcd(sums.shape[0], 16), 1, 1)
     return jax.lax.reduce_window(sums, 0.0, jax.lax.add, window, window, "VALID").sum(0)
 
