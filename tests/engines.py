@@ -24,7 +24,7 @@ DENSE = ModelConfig(
     initializer_range=0.2,
 )
 CONTEXT = 200
-SMALL = EngineConfig(slots=4, context=CONTEXT, chunk=4, prefill_piece=32, piece_sizes=4)
+SMALL = EngineConfig(slots=4, context=CONTEXT, chunk=4, prefill_piece=32, piece_sizes=2)
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, VOCAB, n).tolist() for n in (1, 5, 16, 33, 70, 150)]
 NEW = 21
