@@ -126,9 +126,9 @@ def forward_slots(
         looped: write products of few rows as loops, see `matmul.looped_products`.
 
     Returns:
-        `[B, T, D]` final hidden states, normalised, and the fresh tokens with these among them.
+        `[B, T, D]` final hidden states, normalised, those wanted among them, and the fresh tokens with these added.
     """
-    ones = jnp.ones(tokens.shape, jnp.int32)
+    ones = jnp.ones(tokens.shape, jnp.int32)  # in place of positions and segments, which `LayerSlots` knows itself
     shared = Shared(*rope, ones, ones, ones, ones, index, branched=False)
     x = params["embed_tokens"]["embedding"][tokens].astype(compute_dtype(compute))
     run = functools.partial(_layer, shared=shared, config=config, compute=compute, looped=looped)
