@@ -152,6 +152,12 @@ def test_nothing_is_compiled_while_serving(engine):
     assert engine.stats().generated_tokens > 0
 
 
+@pytest.mark.parametrize(("sizes", "expected"), [(8, tuple(range(4, 33, 4))), (3, (11, 22, 32)), (1, (32,))])
+def test_pieces_have_sizes_in_equal_steps(sizes, expected, monkeypatch):
+    monkeypatch.setattr("serve.engine.Device", lambda *_, pieces, **__: tuple(pieces))
+    assert Engine(model(), dataclasses.replace(SMALL, piece_sizes=sizes))._compile() == expected
+
+
 def reads(engine, requests, monkeypatch):
     """Submit requests before the engine starts; returns what each piece held, and the events of each request."""
     pieces, answers = [], [[] for _ in requests]
